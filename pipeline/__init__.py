@@ -1,0 +1,1 @@
+"""What a person touches: the command line, the configuration, the stages and the report."""

@@ -1,0 +1,1 @@
+"""Everything that changes weights: masks, sparse layers, training and conversion."""

@@ -1,0 +1,1 @@
+"""Layerwise optimisation: a dense or unstructured checkpoint becomes N:M."""

@@ -1,0 +1,1 @@
+"""How a sparse product is computed."""
