@@ -1,0 +1,210 @@
+"""Checkpoints: one safetensors file, written atomically, with weights, masks and what built them.
+
+A file of ours holds the model's state under its own names, `mask/<layer>` as packed bits, and one JSON record in the
+header under `tnm_pipeline`. (One record, because safetensors does not keep the order of several: equal content gives
+equal bytes.) Foreign files are read too: safetensors, and `.pt` with tensors only.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+_RECORD = "tnm_pipeline"
+_MASK = "mask/"
+_SCHEMA = 1
+_LISTED = 5  # offenders named in an error before the rest is counted
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit: missing, corrupt, unsafe, NaN, or for another model."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's weights and what is known of them.
+
+    Attributes:
+        tensors: the model's state_dict.
+        masks: layer name -> bool mask of the weight's shape.
+        record: JSON-able facts: `model` (source and arguments), `pattern`, `route` ... Empty for foreign files.
+    """
+
+    tensors: dict[str, Tensor]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: a temporary file beside it, fsync, rename. A kill leaves old or new.
+
+    Args:
+        path: target; parent folders are made.
+        content: everything that the file shall hold.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint atomically. The same content gives the same bytes.
+
+    Args:
+        path: a `.safetensors` file.
+        checkpoint: what to write; tensors may be on any device.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    for layer, mask in checkpoint.masks.items():
+        bits = np.packbits(mask.detach().cpu().numpy().reshape(-1))
+        tensors[_MASK + layer] = torch.from_numpy(bits)
+    record = json.dumps({"schema": _SCHEMA, **checkpoint.record}, sort_keys=True)
+    write_atomically(path, serialize(_unshared(tensors), metadata={_RECORD: record}))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint without running any code from it.
+
+    Args:
+        path: `.safetensors` (ours or foreign), or `.pt`/`.pth`/`.bin` that holds a state_dict, plain or under
+            `state_dict` or `model`.
+
+    Returns:
+        The checkpoint, on the CPU.
+
+    Raises:
+        CheckpointError: missing, truncated, another file type in disguise, holds code, or has NaN or Inf weights.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    _refuse_disguises(path)
+    checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    _refuse_not_finite(path, checkpoint.tensors)
+    return checkpoint
+
+
+def load_into(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
+    """Copy the weights into a model of the same structure.
+
+    Args:
+        model: plain (not sparsified).
+        checkpoint: what to copy.
+        path: where it came from, for messages.
+
+    Raises:
+        CheckpointError: names or shapes differ; the first five, the count, and the closest names.
+    """
+    expected = model.state_dict()
+    given = checkpoint.tensors
+    problems = [_missing(name, given) for name in expected if name not in given]
+    problems += [f"{name} is not in the model" for name in given if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(given[name].shape)}, the model wants {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model: {_list(problems)}. Is it the right model source?")
+    model.load_state_dict(given)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory (tied weights): safetensors refuses them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return result
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}; copy or download it again") from error
+    if _RECORD not in metadata:
+        return Checkpoint(tensors)
+    record = json.loads(metadata[_RECORD])
+    if record.pop("schema", None) != _SCHEMA:
+        raise CheckpointError(f"{path} was written by another version of tnm-pipeline; write it again with this one")
+    masks = {}
+    for name in [name for name in tensors if name.startswith(_MASK)]:
+        layer = name.removeprefix(_MASK)
+        bits = tensors.pop(name).numpy()
+        shape = tensors[f"{layer}.weight"].shape
+        masks[layer] = torch.from_numpy(np.unpackbits(bits, count=shape.numel()).astype(bool)).reshape(shape)
+    return Checkpoint(tensors, masks, record)
+
+
+def _read_torch(path: Path) -> Checkpoint:
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path} is not a checkpoint that is safe to read: legacy pickle files run code when opened. Save the "
+            "state_dict again with torch.save, or better with safetensors.torch.save_file"
+        )
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(f"{path} is a compressed archive; torch never writes those, so it may be a zip bomb")
+    if any("/code/" in entry.filename or entry.filename.startswith("archive_format") for entry in entries):
+        raise CheckpointError(f"{path} holds a program (TorchScript or torch.export); save its state_dict instead")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, KeyError ... for bad content
+        raise CheckpointError(
+            f"{path} holds more than tensors and was not opened, because pickles can run code "
+            f"({str(error).splitlines()[0]}). Save only model.state_dict()"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} does not hold a state_dict; save model.state_dict()")
+    return Checkpoint(dict(content))
+
+
+def _refuse_disguises(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
+    if start[:1] == b"<":
+        raise CheckpointError(f"{path} is a web page, not weights: the download failed; fetch it again")
+
+
+def _refuse_not_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    bad = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]
+    if bad:
+        raise CheckpointError(f"{path} has NaN or Inf in {_list(bad)}: go back to the last good checkpoint")
+
+
+def _missing(name: str, given: Mapping[str, Tensor]) -> str:
+    close = get_close_matches(name, given, n=1)
+    return f"{name} is missing" + (f" (closest: {close[0]})" if close else "")
+
+
+def _list(items: list[str]) -> str:
+    rest = len(items) - _LISTED
+    return "; ".join(items[:_LISTED]) + (f"; and {rest} more" if rest > 0 else "")

@@ -1,0 +1,258 @@
+"""fit(): the training loop, on Hugging Face Accelerate. Dense and sparse go the same way."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.recipes import Recipe
+from tnm_pipeline.training.selection import Selection
+from tnm_pipeline.training.sources import Splits
+from tnm_pipeline.training.sparsify import LayerReport, Sparsifier
+from tnm_pipeline.training.state import load_state, save_state
+
+
+class TrainingDivergedError(ArithmeticError):
+    """The loss became NaN or infinite."""
+
+
+class TrainingStoppedError(RuntimeError):
+    """The caller asked to stop; the state file lets the same call go on from here."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: samples in a step, over all processes.
+        lr: peak learning rate of dense training; a recipe scales it.
+        momentum: of SGD (Nesterov).
+        weight_decay: L2, on weights with two or more dimensions.
+        warmup: fraction of the steps in which the rate rises linearly; then it falls as a cosine to zero.
+        clip_norm: largest gradient norm.
+        seed: of initial weights and sample order.
+        save_every: optimizer steps between state files.
+    """
+
+    epochs: int = 40
+    batch_size: int = 64
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+    clip_norm: float = 1.0
+    seed: int = 0
+    save_every: int = 200
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How a training becomes sparse: the arguments of a `Sparsifier`."""
+
+    pattern: Pattern
+    recipe: Recipe
+    selection: Selection = field(default_factory=Selection)
+
+
+@dataclass
+class History:
+    """Curves of one training, JSON-able.
+
+    Attributes:
+        loss: (optimizer step, mean training loss of the epoch).
+        accuracy: (optimizer step, test accuracy in [0, 1]) after every epoch.
+        flip_rate: (optimizer step, fraction of mask entries that changed).
+    """
+
+    loss: list[tuple[int, float]] = field(default_factory=list)
+    accuracy: list[tuple[int, float]] = field(default_factory=list)
+    flip_rate: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training leaves; the model itself was trained in place and is plain.
+
+    Attributes:
+        accuracy: on the test set, zeros written.
+        history: curves.
+        layers: a row per prunable layer; empty when dense.
+        masks: layer name -> bool mask; empty when dense.
+    """
+
+    accuracy: float
+    history: History
+    layers: list[LayerReport]
+    masks: dict[str, Tensor]
+
+
+def fit(
+    model: nn.Module,
+    data: Splits,
+    config: FitConfig,
+    *,
+    sparsity: Sparsity | None = None,
+    state_path: Path | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> FitResult:
+    """Train a classifier with SGD, densely or with masks; resume bit for bit when a state file is there.
+
+    Args:
+        model: trained in place from the weights that it has.
+        data: training and test set.
+        config: how.
+        sparsity: what makes it sparse; None trains densely.
+        state_path: state file, written every `save_every` steps and on stopping, read if it exists. The caller
+            removes it once the result is safe.
+        on_step: told (steps done, steps in all) after each step.
+        should_stop: asked after each step.
+
+    Returns:
+        The result; the model ends in eval mode.
+
+    Raises:
+        TrainingDivergedError: NaN or infinite loss; the last good state stays on disk.
+        TrainingStoppedError: `should_stop` said so; the state is on disk.
+    """
+    set_seed(config.seed)
+    accelerator = Accelerator()
+    shuffle = _Shuffle(len(data.train), config.seed)
+    loader = DataLoader(data.train, config.batch_size, sampler=shuffle)
+    steps = len(loader) * config.epochs
+    scale = sparsity.recipe.lr_scale if sparsity else 1.0
+    optimizer = _sgd(model, config, config.lr * scale)
+    sparsifier = None
+    if sparsity:
+        sparsifier = Sparsifier(
+            model,
+            optimizer,
+            sparsity.pattern,
+            sparsity.recipe,
+            selection=sparsity.selection,
+            total_steps=steps,
+        )
+    schedule = LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps, config.warmup))
+    history = History()
+    done, loss_sum = 0, 0.0
+    if state_path and state_path.exists():
+        progress = load_state(state_path, model, optimizer)
+        done, loss_sum = progress["step"], progress["loss_sum"]
+        history = History(**progress["history"])
+        schedule.load_state_dict(progress["schedule"])
+        if sparsifier:
+            sparsifier.load_state_dict(progress["sparsifier"])
+
+    def save() -> None:
+        if state_path and accelerator.is_main_process:
+            progress = {
+                "step": done,
+                "loss_sum": loss_sum,
+                "history": vars(history),
+                "schedule": {key: schedule.state_dict()[key] for key in ("last_epoch", "_step_count", "_last_lr")},
+                "sparsifier": sparsifier.state_dict() if sparsifier else None,
+            }
+            save_state(state_path, accelerator.unwrap_model(model), optimizer, progress)
+
+    wrapped, stepper, batches = accelerator.prepare(model, optimizer, loader)
+    while done < steps:
+        shuffle.epoch, behind = divmod(done, len(loader))
+        for inputs, targets in skip_first_batches(batches, behind) if behind else batches:
+            wrapped.train()
+            loss = nn.functional.cross_entropy(wrapped(inputs), targets)
+            if not bool(torch.isfinite(loss)):
+                raise TrainingDivergedError(
+                    f"the loss became {loss.item()} at step {done + 1} of {steps}: lower train.lr (now "
+                    f"{config.lr * scale:g}) or raise train.warmup; the last good state was kept"
+                )
+            stepper.zero_grad()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_norm)
+            stepper.step()
+            schedule.step()
+            done += 1
+            loss_sum += float(loss.detach())
+            if done % len(loader) == 0:
+                history.loss.append((done, loss_sum / len(loader)))
+                history.accuracy.append((done, evaluate(model, data.test)))
+                loss_sum = 0.0
+            if on_step:
+                on_step(done, steps)
+            if should_stop and should_stop():
+                save()
+                raise TrainingStoppedError(f"stopped after step {done} of {steps}; the same command goes on from there")
+            if done % config.save_every == 0:
+                save()
+
+    layers: list[LayerReport] = []
+    masks: dict[str, Tensor] = {}
+    if sparsifier:
+        history.flip_rate = sparsifier.flip_rates
+        layers, masks = sparsifier.finalize()
+    model.eval()
+    return FitResult(evaluate(model, data.test), history, layers, masks)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: TensorDataset, batch_size: int = 1024) -> float:
+    """Top-1 accuracy in [0, 1] in eval mode; the mode is put back afterwards.
+
+    Args:
+        model: (B, ...) -> (B, classes).
+        data: (inputs, targets).
+        batch_size: samples per forward pass.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    correct = 0
+    for start in range(0, len(data), batch_size):
+        inputs, targets = data[start : start + batch_size]
+        correct += int((model(inputs.to(device)).argmax(1) == targets.to(device)).sum())
+    model.train(training)
+    return correct / len(data)
+
+
+class _Shuffle(Sampler[int]):
+    """A new order each epoch that depends on the seed and the epoch alone: a resumed run sees the same."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        yield from torch.randperm(self.size, generator=generator).tolist()
+
+
+def _sgd(model: nn.Module, config: FitConfig, lr: float) -> Optimizer:
+    """Nesterov SGD; biases and norms, which have one dimension, are not decayed."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def _warmup_cosine(step: int, steps: int, warmup: float) -> float:
+    """Factor of the peak learning rate at a step: linear up, then a cosine to zero."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))

@@ -1,0 +1,95 @@
+"""The state of a training that is under way: everything needed to go on bit for bit, in one file.
+
+Tensors go under `model/`, `optimizer/` and `rng/`, everything else into the JSON record of the header.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tnm_pipeline.training.checkpoint import write_atomically
+
+_RECORD = "tnm_pipeline.training"
+
+
+def save_state(path: Path, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> None:
+    """Write the state atomically: a kill leaves the one before or this one.
+
+    Args:
+        path: a `.safetensors` file.
+        model: as it trains, masks included.
+        optimizer: any torch optimizer whose state holds tensors and JSON-able values.
+        progress: JSON-able counters of the loop.
+    """
+    # Cloned, because tied weights and buffers may share memory, which safetensors refuses.
+    tensors = {f"model/{name}": tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    packed = optimizer.state_dict()
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, values in packed["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{key}"] = value.detach().cpu().clone()
+            else:
+                scalars.setdefault(str(index), {})[key] = value
+    tensors["rng/torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        for device, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"rng/cuda/{device}"] = state
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002  # user code may draw from the global generator
+    record = {
+        "progress": progress,
+        "optimizer": {"param_groups": packed["param_groups"], "scalars": scalars},
+        "rng": {"python": random.getstate(), "numpy": _jsonable(numpy_state)},
+    }
+    write_atomically(path, serialize(tensors, metadata={_RECORD: json.dumps(record)}))
+
+
+def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Put everything back as `save_state` found it.
+
+    Args:
+        path: that `save_state` wrote, for the same model and optimizer.
+        model: changed in place.
+        optimizer: changed in place.
+
+    Returns:
+        The progress counters.
+    """
+    with safe_open(path, framework="pt") as file:
+        record = json.loads(file.metadata()[_RECORD])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    for index, values in record["optimizer"]["scalars"].items():
+        state.setdefault(int(index), {}).update(values)
+    optimizer.load_state_dict({"state": state, "param_groups": record["optimizer"]["param_groups"]})
+    torch.set_rng_state(tensors["rng/torch"])
+    cuda = [tensors[name] for name in sorted(tensors) if name.startswith("rng/cuda/")]
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda)
+    version, internal, gauss = record["rng"]["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(record["rng"]["numpy"])  # noqa: NPY002  # as in save_state
+    progress: dict[str, Any] = record["progress"]
+    return progress
+
+
+def _jsonable(value: Any) -> Any:
+    """Numpy arrays and integers inside nested dicts, as plain lists and integers."""
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value.item() if isinstance(value, np.generic) else value
