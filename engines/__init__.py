@@ -1,1 +1,18 @@
 """Production inference: load a verified artifact and run it. Imports neither torch nor a sibling package."""
+
+from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks, FeedError, SessionClosed
+from tnm_pipeline.engines.manifest import Manifest, TensorSpec, verify_artifact, write_manifest
+from tnm_pipeline.engines.session import Session, load
+
+__all__ = [
+    "ArtifactRejected",
+    "EnvironmentLacks",
+    "FeedError",
+    "Manifest",
+    "Session",
+    "SessionClosed",
+    "TensorSpec",
+    "load",
+    "verify_artifact",
+    "write_manifest",
+]

@@ -1,1 +1,1 @@
-"""From a sparse checkpoint to ONNX and TensorRT plans, and the proof that each step kept what it should."""
+"""Torch to ONNX to TensorRT plan, and the proof that each step kept what it should."""

@@ -6,12 +6,11 @@ equal bytes.) Foreign files are read too: safetensors, and `.pt` with tensors on
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
+
+from tnm_pipeline.training.atomic import write_atomically
 
 _RECORD = "tnm_pipeline"
 _MASK = "mask/"
@@ -43,22 +44,6 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     masks: dict[str, Tensor] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: a temporary file beside it, fsync, rename. A kill leaves old or new.
-
-    Args:
-        path: target; parent folders are made.
-        content: everything that the file shall hold.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -142,29 +127,50 @@ def _read_safetensors(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}; copy or download it again") from error
     if _RECORD not in metadata:
         return Checkpoint(tensors)
-    record = json.loads(metadata[_RECORD])
-    if record.pop("schema", None) != _SCHEMA:
-        raise CheckpointError(f"{path} was written by another version of tnm-pipeline; write it again with this one")
-    masks = {}
-    for name in [name for name in tensors if name.startswith(_MASK)]:
-        layer = name.removeprefix(_MASK)
-        bits = tensors.pop(name).numpy()
-        shape = tensors[f"{layer}.weight"].shape
-        masks[layer] = torch.from_numpy(np.unpackbits(bits, count=shape.numel()).astype(bool)).reshape(shape)
+    record = _parse_record(path, metadata[_RECORD])
+    packed = {name.removeprefix(_MASK): tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
+    masks = {layer: _unpack_mask(path, layer, bits, tensors) for layer, bits in packed.items()}
     return Checkpoint(tensors, masks, record)
 
 
+def _parse_record(path: Path, text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"the record in {path} is corrupt ({error}); write the file again") from error
+    if not isinstance(record, dict) or record.pop("schema", None) != _SCHEMA:
+        raise CheckpointError(f"{path} was written by another version of tnm-pipeline; write it again with this one")
+    return record
+
+
+def _unpack_mask(path: Path, layer: str, bits: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    weight = weights.get(f"{layer}.weight")
+    if weight is None:
+        raise CheckpointError(f"{path} has a mask for {layer} but no {layer}.weight; write the file again")
+    count = weight.numel()
+    if bits.dtype != torch.uint8 or bits.shape != (-(-count // 8),):
+        raise CheckpointError(
+            f"{path}: the mask of {layer} is {bits.dtype} {tuple(bits.shape)}, but {count} weights need "
+            f"uint8 ({-(-count // 8)},); write the file again"
+        )
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool)).reshape(weight.shape)
+
+
 def _read_torch(path: Path) -> Checkpoint:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile as error:
+        with path.open("rb") as file:
+            if file.read(2) == b"PK":  # how torch.save's archives start
+                raise CheckpointError(f"{path} is cut off or damaged ({error}); copy or download it again") from error
         raise CheckpointError(
             f"{path} is not a checkpoint that is safe to read: legacy pickle files run code when opened. Save the "
             "state_dict again with torch.save, or better with safetensors.torch.save_file"
-        )
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
+        ) from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(f"{path} is a compressed archive; torch never writes those, so it may be a zip bomb")
-    if any("/code/" in entry.filename or entry.filename.startswith("archive_format") for entry in entries):
+    if any("/code/" in entry.filename or PurePosixPath(entry.filename).name == "archive_format" for entry in entries):
         raise CheckpointError(f"{path} holds a program (TorchScript or torch.export); save its state_dict instead")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -178,6 +184,13 @@ def _read_torch(path: Path) -> Checkpoint:
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} does not hold a state_dict; save model.state_dict()")
+    size = path.stat().st_size
+    for name, tensor in content.items():
+        if tensor.numel() * tensor.element_size() > size:
+            raise CheckpointError(
+                f"{path}: {name} claims {tensor.numel()} elements of {tensor.dtype}, more than the {size} bytes of "
+                "the file hold; save its contiguous() copy"
+            )
     return Checkpoint(dict(content))
 
 

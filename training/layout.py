@@ -43,7 +43,7 @@ def from_gemm(matrix: Tensor, shape: torch.Size) -> Tensor:
         The weight-shaped tensor, contiguous, same dtype.
     """
     if len(shape) == 2:
-        return matrix.reshape(shape)
+        return matrix.reshape(shape).contiguous()
     out_channels, in_channels, height, width = shape
     return matrix.reshape(out_channels, height, width, in_channels).permute(0, 3, 1, 2).contiguous()
 

@@ -23,7 +23,7 @@ from tnm_pipeline.training.state import load_state, save_state
 
 
 class TrainingDivergedError(ArithmeticError):
-    """The loss became NaN or infinite."""
+    """The loss or its gradient became NaN or infinite."""
 
 
 class TrainingStoppedError(RuntimeError):
@@ -124,13 +124,14 @@ def fit(
         The result; the model ends in eval mode.
 
     Raises:
-        TrainingDivergedError: NaN or infinite loss; the last good state stays on disk.
+        TrainingDivergedError: NaN or infinite loss or gradient; the last good state stays on disk.
         TrainingStoppedError: `should_stop` said so; the state is on disk.
     """
     set_seed(config.seed)
     accelerator = Accelerator()
     shuffle = _Shuffle(len(data.train), config.seed)
-    loader = DataLoader(data.train, config.batch_size, sampler=shuffle)
+    # Its own generator, because each start of an iteration draws from it: a resumed run starts one more.
+    loader = DataLoader(data.train, config.batch_size, sampler=shuffle, generator=torch.Generator())
     steps = len(loader) * config.epochs
     scale = sparsity.recipe.lr_scale if sparsity else 1.0
     optimizer = _sgd(model, config, config.lr * scale)
@@ -150,7 +151,8 @@ def fit(
     if state_path and state_path.exists():
         progress = load_state(state_path, model, optimizer)
         done, loss_sum = progress["step"], progress["loss_sum"]
-        history = History(**progress["history"])
+        curves = progress["history"].items()
+        history = History(**{curve: [(step, value) for step, value in points] for curve, points in curves})
         schedule.load_state_dict(progress["schedule"])
         if sparsifier:
             sparsifier.load_state_dict(progress["sparsifier"])
@@ -161,7 +163,7 @@ def fit(
                 "step": done,
                 "loss_sum": loss_sum,
                 "history": vars(history),
-                "schedule": {key: schedule.state_dict()[key] for key in ("last_epoch", "_step_count", "_last_lr")},
+                "schedule": schedule.state_dict(),
                 "sparsifier": sparsifier.state_dict() if sparsifier else None,
             }
             save_state(state_path, accelerator.unwrap_model(model), optimizer, progress)
@@ -172,14 +174,15 @@ def fit(
         for inputs, targets in skip_first_batches(batches, behind) if behind else batches:
             wrapped.train()
             loss = nn.functional.cross_entropy(wrapped(inputs), targets)
-            if not bool(torch.isfinite(loss)):
-                raise TrainingDivergedError(
-                    f"the loss became {loss.item()} at step {done + 1} of {steps}: lower train.lr (now "
-                    f"{config.lr * scale:g}) or raise train.warmup; the last good state was kept"
-                )
             stepper.zero_grad()
             accelerator.backward(loss)
-            accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_norm)
+            norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_norm)
+            # The gradient may overflow where the loss does not; a loss scaler skips such steps by itself.
+            if not torch.isfinite(loss) or (accelerator.scaler is None and not torch.isfinite(norm)):
+                raise TrainingDivergedError(
+                    f"the loss became {loss.item()}, the gradient norm {norm.item()}, at step {done + 1} of {steps}: "
+                    f"lower train.lr (now {config.lr * scale:g}) or raise train.warmup; the last good state was kept"
+                )
             stepper.step()
             schedule.step()
             done += 1

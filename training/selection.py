@@ -4,10 +4,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from tnm_pipeline.training.layout import PRUNABLE
 from tnm_pipeline.training.pattern import Pattern
+
+
+class SelectionError(ValueError):
+    """No layer of the model can become sparse under the rules given."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Plan:
 
 
 def select(model: nn.Module, pattern: Pattern, selection: Selection | None = None) -> Plan:
-    """Decide layer by layer. A weight shared by several layers is decided once, by its first name.
+    """Decide layer by layer. A weight that several modules share stays dense: some of them would not mask it.
 
     Args:
         model: any module.
@@ -50,17 +53,17 @@ def select(model: nn.Module, pattern: Pattern, selection: Selection | None = Non
         The plan, printable before any work is done.
 
     Raises:
-        ValueError: nothing is left to make sparse; the message lists the reasons.
+        SelectionError: nothing is left to make sparse; the message lists the reasons.
     """
     rules = selection or Selection()
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PRUNABLE)]
-    seen: dict[int, str] = {}
+    users = _users_of_weights(model)
     chosen: list[str] = []
     skipped: dict[str, str] = {}
     for position, (name, layer) in enumerate(layers):
-        owner = seen.setdefault(id(layer.weight), name)
-        if owner != name:
-            skipped[name] = f"shares its weight with {owner}"
+        others = [user for user in users.get(id(layer.weight), ()) if user != name]
+        if others:
+            skipped[name] = f"shares its weight with {', '.join(others)}"
         elif rules.keep_last and position == len(layers) - 1:
             skipped[name] = "last layer, kept dense (keep_last = true)"
         elif reason := _reason_to_skip(name, layer, pattern, rules):
@@ -69,8 +72,17 @@ def select(model: nn.Module, pattern: Pattern, selection: Selection | None = Non
             chosen.append(name)
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "no Linear or Conv2d layer"
-        raise ValueError(f"no layer can become {pattern}: {reasons}")
+        raise SelectionError(f"no layer can become {pattern}: {reasons}")
     return Plan(tuple(chosen), skipped)
+
+
+def _users_of_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Id of a parameter -> names of the modules, of any type, that hold it."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    return users
 
 
 def _reason_to_skip(name: str, layer: nn.Module, pattern: Pattern, rules: Selection) -> str | None:
@@ -79,10 +91,10 @@ def _reason_to_skip(name: str, layer: nn.Module, pattern: Pattern, rules: Select
     for glob in rules.exclude:
         if fnmatchcase(name, glob):
             return f"excluded by {glob}"
+    if "weight" not in dict(layer.named_parameters(recurse=False)):
+        return "its weight is computed from other parameters: make it permanent first (torch.nn.utils.prune.remove ...)"
     if type(layer) not in PRUNABLE:
         return f"a {type(layer).__name__}: only plain Linear and Conv2d surely use their weight as is"
-    if parametrize.is_parametrized(layer, "weight"):
-        return "its weight is parametrized: remove the parametrization first"
     if isinstance(layer, nn.Conv2d):
         if layer.groups > 1:
             return f"grouped convolution ({layer.groups} groups)"

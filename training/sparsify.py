@@ -91,15 +91,23 @@ class Sparsifier:
         self.solver: Solver = solver
         self.step = 0
         self.flip_rates: list[tuple[int, float]] = []
-        self._layers: dict[str, SparseLayer] = {}
-        for name in self.plan.chosen:
-            layer = model.get_submodule(name)
-            weight = cast(Tensor, layer.weight)
-            self._layers[name] = make_sparse(layer, solve(weight, self.pattern, solver))
+        masks = {name: self._solve(name) for name in self.plan.chosen}  # all of them, before the model changes
+        self._layers: dict[str, SparseLayer] = {
+            name: make_sparse(model.get_submodule(name), mask) for name, mask in masks.items()
+        }
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            # In eval mode nn.TransformerEncoderLayer reads its layers' weights itself, mask or not, unless one of
+            # them has a forward hook.
+            *(layer.register_forward_pre_hook(_do_nothing) for layer in self._layers.values()),
         ]
+
+    def _solve(self, name: str) -> Tensor:
+        try:
+            return solve(self.model.get_submodule(name).get_parameter("weight"), self.pattern, self.solver)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
 
     @torch.no_grad()
     def _before_step(self, *_: Any) -> None:
@@ -123,8 +131,8 @@ class Sparsifier:
             The flip rate: fraction of mask entries that changed.
         """
         flipped = total = 0
-        for layer in self._layers.values():
-            mask = solve(layer.weight, self.pattern, self.solver)
+        for name, layer in self._layers.items():
+            mask = self._solve(name)
             flipped += int((mask != layer.mask).sum())
             total += mask.numel()
             layer.mask.copy_(mask)
@@ -137,7 +145,7 @@ class Sparsifier:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and telemetry, JSON-able. The masks are in the model's own state."""
-        return {"step": self.step, "flip_rates": self.flip_rates}
+        return {"step": self.step, "flip_rates": list(self.flip_rates)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo `state_dict`."""
@@ -159,6 +167,10 @@ class Sparsifier:
         masks = {name: make_plain(layer) for name, layer in self._layers.items()}
         self._layers = {}
         return report_layers(self.model, self.pattern, kept, self.plan.skipped), masks
+
+
+def _do_nothing(*_: Any) -> None:
+    """A forward hook that is only there to be seen."""
 
 
 def report_layers(

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tnm_pipeline.training.checkpoint import write_atomically
+from tnm_pipeline.training.atomic import write_atomically
+from tnm_pipeline.training.checkpoint import CheckpointError
 
 _RECORD = "tnm_pipeline.training"
 
@@ -62,10 +63,16 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, 
 
     Returns:
         The progress counters.
+
+    Raises:
+        CheckpointError: not a state file.
     """
-    with safe_open(path, framework="pt") as file:
-        record = json.loads(file.metadata()[_RECORD])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {})[_RECORD])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not a training state ({error}); delete it to start over") from error
     model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():

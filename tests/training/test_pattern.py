@@ -1,6 +1,7 @@
 """Reading, writing and refusing patterns."""
 
 import pytest
+
 from tnm_pipeline.training.pattern import Pattern, PatternError
 
 

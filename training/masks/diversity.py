@@ -23,7 +23,7 @@ def count_masks(pattern: Pattern) -> int:
         pattern: 90 for 2:4-T, 116,963,796,250 for 4:8-T.
     """
     if not pattern.transposable:
-        return comb(pattern.m, pattern.n) ** pattern.m
+        return int(comb(pattern.m, pattern.n) ** pattern.m)
     states: Mapping[tuple[int, ...], int] = {(pattern.n,) * pattern.m: 1}
     for _ in range(pattern.m):
         following: Counter[tuple[int, ...]] = Counter()

@@ -3,6 +3,7 @@
 from itertools import combinations, product
 
 import pytest
+
 from tnm_pipeline.training.masks.diversity import count_masks, paper_mask_diversity, violation_probability
 from tnm_pipeline.training.pattern import Pattern
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from tnm_pipeline.training.masks import count_violations, solve
 from tnm_pipeline.training.masks.exact import solve_2_4
 from tnm_pipeline.training.masks.flow import solve_flow
 from tnm_pipeline.training.masks.greedy import solve_greedy
 from tnm_pipeline.training.pattern import Pattern
-from torch import Tensor
 
 
 def every_mask(kept_per_row: set[int]) -> Tensor:

@@ -1,0 +1,141 @@
+"""ONNX Runtime on the CPU or on CUDA, without its silent fallback from one to the other."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnxruntime
+from onnxruntime.capi import (
+    onnxruntime_pybind11_state as errors,  # pyright: ignore[reportAttributeAccessIssue] - compiled, no stubs
+)
+
+from tnm_pipeline.engines.backends import Array
+from tnm_pipeline.engines.driver import Driver
+from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks
+from tnm_pipeline.engines.manifest import Manifest, TensorSpec
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_SEVERITY_ERROR = 3
+# ONNX Runtime 1.31 ends the process with SIGSEGV when this optimiser meets an fp16 pre-norm transformer on the CPU.
+_CRASHING_ON_FP16 = ["NchwcTransformer"]
+_GRAPH_ERRORS = (errors.InvalidGraph, errors.InvalidProtobuf, errors.NoModel)
+_LOAD_ERRORS = (*_GRAPH_ERRORS, errors.Fail, errors.InvalidArgument, errors.RuntimeException, errors.EPFail)
+_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+
+
+class OnnxRuntimeBackend:
+    """A verified ONNX model in ONNX Runtime.
+
+    Args:
+        manifest: The manifest of the model.
+        model: The bytes that the manifest describes, weights included.
+        device: `"cpu"`; `"cuda"`: the whole network there, or an error; `"auto"`: CUDA where there is a GPU
+            and a provider for it, with a warning where the provider then fails to start, the CPU otherwise.
+        driver: What the driver probe found.
+
+    Raises:
+        ArtifactRejected: ONNX Runtime refuses the model, or its inputs and outputs are not the manifest's.
+        EnvironmentLacks: CUDA was demanded and cannot run all of the network here, or an operator is missing.
+    """
+
+    def __init__(self, manifest: Manifest, model: bytes, *, device: str, driver: Driver) -> None:
+        on_gpu = _wants_gpu(device, driver)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _SEVERITY_ERROR
+        # No hash covers external weights, and with a model given as bytes ONNX Runtime looks for them in the
+        # working directory: point it at a folder that cannot contain a file.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+        if device == "cuda":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        providers = [_CUDA, _CPU] if on_gpu and device == "auto" else [_CUDA] if on_gpu else [_CPU]
+        try:
+            # enable_fallback=0: the Python wrapper would otherwise print and retry on the CPU
+            self._session = onnxruntime.InferenceSession(
+                model,
+                options,
+                providers=providers,
+                enable_fallback=0,
+                disabled_optimizers=_CRASHING_ON_FP16 if manifest.precision == "fp16" else None,
+            )
+        except errors.NotImplemented as error:
+            raise EnvironmentLacks(
+                f"ONNX Runtime {onnxruntime.__version__} lacks an operator of {manifest.artifact}: {error}. "
+                "Install a newer ONNX Runtime"
+            ) from error
+        except _LOAD_ERRORS as error:
+            if on_gpu and not isinstance(error, _GRAPH_ERRORS):
+                raise EnvironmentLacks(_no_cuda(manifest, str(error))) from error
+            raise ArtifactRejected(
+                f"{manifest.artifact} matches its manifest, and ONNX Runtime {onnxruntime.__version__} "
+                f"refuses it: {error}. Export it again with the weights inside: `tnm-pipeline export`"
+            ) from error
+        self._check_provider(manifest, device, on_gpu)
+        _check_tensors("inputs", manifest.inputs, self._session.get_inputs())
+        _check_tensors("outputs", manifest.outputs, self._session.get_outputs())
+        self._outputs = [spec.name for spec in manifest.outputs]
+
+    @property
+    def device(self) -> str:
+        """`"cuda"` where ONNX Runtime confirmed the CUDA provider, else `"cpu"`."""
+        return "cuda" if _CUDA in self._session.get_providers() else "cpu"
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Backend.run`."""
+        answers: Sequence[Any] = self._session.run(self._outputs, dict(feeds))
+        return dict(zip(self._outputs, answers, strict=True))
+
+    def close(self) -> None:
+        """Drop the session; ONNX Runtime frees it with the last reference."""
+        del self._session
+
+    def _check_provider(self, manifest: Manifest, device: str, on_gpu: bool) -> None:
+        if not on_gpu or self.device == "cuda":
+            return
+        if device == "cuda":
+            raise EnvironmentLacks(_no_cuda(manifest, f"ONNX Runtime chose {self._session.get_providers()}"))
+        warnings.warn(
+            f"{manifest.artifact} runs on the CPU: this machine has a GPU, and ONNX Runtime's CUDA provider "
+            "did not start (its log says why). Pass device='cpu' if that is meant, device='cuda' to get an error",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _wants_gpu(device: str, driver: Driver) -> bool:
+    available = _CUDA in onnxruntime.get_available_providers()
+    if device != "cuda":
+        return device == "auto" and available and bool(driver.gpus)
+    if driver.reason is not None:
+        raise EnvironmentLacks(
+            f"device='cuda' needs a GPU: {driver.reason}. Run on a machine with an NVIDIA driver, or pass device='cpu'"
+        )
+    if not available:
+        raise EnvironmentLacks(
+            f"this ONNX Runtime has only {onnxruntime.get_available_providers()}. "
+            "Run `pip uninstall onnxruntime && pip install onnxruntime-gpu`, or pass device='cpu'"
+        )
+    return True
+
+
+def _no_cuda(manifest: Manifest, cause: str) -> str:
+    return (
+        f"CUDA cannot run all of {manifest.artifact}: {cause}. Install CUDA and cuDNN for this build with "
+        "`pip install 'onnxruntime-gpu[cuda,cudnn]'`, or pass device='cpu'"
+    )
+
+
+def _check_tensors(side: str, specs: tuple[TensorSpec, ...], found: Sequence[Any]) -> None:
+    """The model's own names, dtypes and ranks must be the manifest's."""
+    stated = [(spec.name, spec.dtype, len(spec.shape)) for spec in specs]
+    actual = [(node.name, _dtype(node.type), len(node.shape)) for node in found]
+    if stated != actual:
+        raise ArtifactRejected(
+            f"the model's {side} (name, dtype, rank) are {actual}, its manifest states {stated}. "
+            "Write both again with `tnm-pipeline export`"
+        )
+
+
+def _dtype(onnx_type: str) -> str:
+    """`tensor(float)` -> `float32`; `tensor(int64)` -> `int64`."""
+    return _DTYPES.get(onnx_type, onnx_type.removeprefix("tensor(").removesuffix(")"))

@@ -1,0 +1,316 @@
+"""The facts beside an artifact: `<artifact file name>.manifest.json`, checked before any runtime sees a byte.
+
+An engine is native code and an ONNX file configures native code, so neither is handed to a runtime before
+its bytes match the SHA-256 recorded when it was written. The manifest's own digest catches edits and damage,
+not an attacker who can rewrite both files: it is a checksum, not a signature.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from tnm_pipeline.engines import decode
+from tnm_pipeline.engines.errors import ArtifactRejected
+from tnm_pipeline.engines.tensors import TensorSpec, tensor_spec
+
+__all__ = [
+    "BACKENDS",
+    "PRECISIONS",
+    "SCHEMA",
+    "Manifest",
+    "TensorSpec",
+    "manifest_path",
+    "read_manifest",
+    "read_verified",
+    "sha256_of",
+    "verify_artifact",
+    "write_manifest",
+]
+
+SCHEMA = 1
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+PRECISIONS = ("fp32", "fp16")
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMPUTE_CAPABILITY = re.compile(r"[1-9][0-9]*\.[0-9]")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known about one artifact, as written by the machine that built it.
+
+    Attributes:
+        artifact: File name of the artifact, without a folder.
+        sha256: Hex digest of the artifact's bytes.
+        bytes: Size of the artifact.
+        backend: One of `BACKENDS`: the runtime that executes it.
+        backend_version: Version of the package that wrote it (of `onnx` for an ONNX artifact).
+        precision: One of `PRECISIONS`.
+        inputs: Inputs in graph order.
+        outputs: Outputs in graph order.
+        source_onnx: The ONNX file a plan was built from, relative to the manifest's folder (`../` is fine);
+            None for an ONNX artifact.
+        source_sha256: Hex digest of that file; None for an ONNX artifact.
+        sparse_weights_flag: Whether the builder was allowed sparse tactics, not whether it picked one; None
+            for an ONNX artifact.
+        compute_capabilities: Those of the GPUs the plan runs on (`("8.0", "8.9")`); for `tensorrt` that of
+            the building GPU; empty for an ONNX artifact.
+        gpu: Name of the building machine's GPU, None without one.
+        driver: Its driver version, None without one.
+        sparsity: The summary of the sparsity report; any JSON object.
+
+    Raises:
+        ArtifactRejected: A value is outside what this schema allows.
+    """
+
+    artifact: str
+    sha256: str
+    bytes: int
+    backend: str
+    backend_version: str
+    precision: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    source_onnx: str | None
+    source_sha256: str | None
+    sparse_weights_flag: bool | None
+    compute_capabilities: tuple[str, ...]
+    gpu: str | None
+    driver: str | None
+    sparsity: Mapping[str, object]
+
+    def __post_init__(self) -> None:
+        name = self.artifact
+        decode.require(
+            PureWindowsPath(name).name == name not in ("", ".."),
+            f"artifact must be a bare file name, not {name!r}",
+        )
+        decode.require(bool(_SHA256.fullmatch(self.sha256)), f"sha256 is not 64 hex digits: {self.sha256!r}")
+        decode.require(self.bytes >= 0, f"bytes is {self.bytes}")
+        decode.require(self.backend in BACKENDS, f"backend is {self.backend!r}; known: {', '.join(BACKENDS)}")
+        decode.require(bool(self.backend_version), "backend_version is empty")
+        decode.require(self.precision in PRECISIONS, f"precision is {self.precision!r}; known: {', '.join(PRECISIONS)}")
+        for capability in self.compute_capabilities:
+            decode.require(
+                bool(_COMPUTE_CAPABILITY.fullmatch(capability)),
+                f"compute capability {capability!r} is not like '8.9'",
+            )
+        for side, specs in (("inputs", self.inputs), ("outputs", self.outputs)):
+            names = [spec.name for spec in specs]
+            decode.require(
+                len(set(names)) == len(names) > 0, f"{side} must be one or more different names, not {names}"
+            )
+        if self.backend == "onnxruntime":
+            decode.require(not self.compute_capabilities, "an ONNX artifact has no compute capabilities")
+        else:
+            decode.require(bool(self.compute_capabilities), f"a {self.backend} plan lists no compute capability")
+        decode.require(
+            (self.source_onnx is None) == (self.source_sha256 is None),
+            "source_onnx and source_sha256 go together",
+        )
+        if self.source_onnx is not None and self.source_sha256 is not None:
+            absolute = PurePosixPath(self.source_onnx).is_absolute() or bool(PureWindowsPath(self.source_onnx).anchor)
+            decode.require(
+                not absolute and "\\" not in self.source_onnx and self.source_onnx != "",
+                f"source_onnx must be a relative path with forward slashes, not {self.source_onnx!r}",
+            )
+            decode.require(
+                bool(_SHA256.fullmatch(self.source_sha256)),
+                f"source_sha256 is not 64 hex digits: {self.source_sha256!r}",
+            )
+
+    def to_json(self) -> str:
+        """Canonical JSON with `schema` and `digest`: equal manifests give equal bytes (no timestamps)."""
+        record = {**asdict(self), "schema": SCHEMA}
+        return _canonical({**record, "digest": _digest(record)})
+
+    @staticmethod
+    def from_json(text: str) -> "Manifest":
+        """Parse what `to_json` wrote.
+
+        Args:
+            text: The content of a manifest file.
+
+        Returns:
+            The manifest; `Manifest.from_json(m.to_json()) == m`.
+
+        Raises:
+            ArtifactRejected: Not JSON, another schema, a wrong digest, unknown, missing or repeated keys, or
+                wrong types.
+        """
+        try:
+            content = json.loads(text, object_pairs_hook=decode.unique_keys, parse_constant=decode.no_constant)
+        except (ValueError, RecursionError) as error:  # ValueError: bad syntax, a repeated key, a 5000-digit number
+            raise ArtifactRejected(f"not valid JSON: {error}") from error
+        record = decode.mapping(content, "the manifest")
+        schema = record.get("schema")
+        decode.require(
+            schema == SCHEMA and schema is not True,
+            f"schema is {schema!r}; this version reads schema {SCHEMA}",
+        )
+        decode.exact_keys(record, [*(f.name for f in fields(Manifest)), "schema", "digest"], "the manifest")
+        stated = decode.text(record.pop("digest"), "digest")
+        actual = _digest(record)
+        decode.require(
+            stated == actual,
+            f"edited since it was written: it states digest {stated}, its content gives {actual}",
+        )
+        return Manifest(
+            artifact=decode.text(record["artifact"], "artifact"),
+            sha256=decode.text(record["sha256"], "sha256"),
+            bytes=decode.whole(record["bytes"], "bytes"),
+            backend=decode.text(record["backend"], "backend"),
+            backend_version=decode.text(record["backend_version"], "backend_version"),
+            precision=decode.text(record["precision"], "precision"),
+            inputs=decode.sequence(record["inputs"], "inputs", tensor_spec),
+            outputs=decode.sequence(record["outputs"], "outputs", tensor_spec),
+            source_onnx=decode.optional(record["source_onnx"], "source_onnx", decode.text),
+            source_sha256=decode.optional(record["source_sha256"], "source_sha256", decode.text),
+            sparse_weights_flag=decode.optional(record["sparse_weights_flag"], "sparse_weights_flag", decode.truth),
+            compute_capabilities=decode.sequence(record["compute_capabilities"], "compute_capabilities", decode.text),
+            gpu=decode.optional(record["gpu"], "gpu", decode.text),
+            driver=decode.optional(record["driver"], "driver", decode.text),
+            sparsity=decode.mapping(record["sparsity"], "sparsity"),
+        )
+
+
+def manifest_path(artifact: Path) -> Path:
+    """Where the manifest of `artifact` lives: beside it, with `.manifest.json` appended."""
+    return artifact.with_name(artifact.name + ".manifest.json")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hex digits, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(artifact: Path, manifest: Manifest) -> Path:
+    """Write the manifest beside its artifact; a kill leaves the old file or the new one, never half of one.
+
+    Args:
+        artifact: The file that `manifest` describes; it need not exist yet.
+        manifest: What to write.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ArtifactRejected: `manifest.artifact` is another file name.
+        OSError: The folder is missing, read-only or full.
+    """
+    decode.require(
+        manifest.artifact == artifact.name,
+        f"a manifest of {manifest.artifact!r} cannot describe {artifact.name!r}",
+    )
+    target = manifest_path(artifact)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(manifest.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def read_manifest(artifact: Path) -> Manifest:
+    """Read the manifest beside `artifact` without looking at the artifact's bytes.
+
+    Args:
+        artifact: The file that the manifest describes.
+
+    Returns:
+        A manifest whose digest, schema and types hold and whose `artifact` is this file's name.
+
+    Raises:
+        ArtifactRejected: The manifest is missing, unreadable, edited, or describes another file.
+    """
+    path = manifest_path(artifact)
+    try:
+        manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
+        decode.require(manifest.artifact == artifact.name, f"describes {manifest.artifact!r}, not {artifact.name!r}")
+    except FileNotFoundError as error:
+        raise ArtifactRejected(
+            f"{path} is missing, so {artifact.name} cannot be trusted. {_rebuild(artifact)}"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactRejected(f"{path} cannot be read: {error}. {_rebuild(artifact)}") from error
+    except ArtifactRejected as error:
+        raise ArtifactRejected(f"{path}: {error}. {_rebuild(artifact)}") from error
+    return manifest
+
+
+def verify_artifact(artifact: Path) -> Manifest:
+    """Check an artifact against the manifest beside it.
+
+    Args:
+        artifact: An ONNX file or a plan.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ArtifactRejected: Either file is missing, the manifest does not hold, or size or SHA-256 differ (both
+            sides are named).
+        OSError: The artifact cannot be read.
+    """
+    manifest = _manifest_of_existing(artifact)
+    _match(artifact, manifest, artifact.stat().st_size, lambda: sha256_of(artifact))
+    return manifest
+
+
+def read_verified(artifact: Path) -> tuple[Manifest, bytes]:
+    """Like `verify_artifact`, returning the very bytes that were hashed: nobody can swap the file in between.
+
+    Args:
+        artifact: An ONNX file or a plan.
+
+    Returns:
+        The manifest and the content of the artifact.
+
+    Raises:
+        ArtifactRejected: As `verify_artifact`.
+        OSError: The artifact cannot be read.
+    """
+    manifest = _manifest_of_existing(artifact)
+    content = artifact.read_bytes()
+    _match(artifact, manifest, len(content), lambda: hashlib.sha256(content).hexdigest())
+    return manifest, content
+
+
+def _manifest_of_existing(artifact: Path) -> Manifest:
+    decode.require(artifact.is_file(), f"{artifact} is not a file. {_rebuild(artifact)}")
+    return read_manifest(artifact)
+
+
+def _match(artifact: Path, manifest: Manifest, size: int, sha256: Callable[[], str]) -> None:
+    """Compare size, then hash: the size is cheaper and names a truncation for what it is."""
+    decode.require(
+        size == manifest.bytes,
+        f"{artifact} has {size} bytes, its manifest states {manifest.bytes}. {_rebuild(artifact)}",
+    )
+    actual = sha256()
+    decode.require(
+        actual == manifest.sha256,
+        f"{artifact} has sha256 {actual}, its manifest states {manifest.sha256}. {_rebuild(artifact)}",
+    )
+
+
+def _rebuild(artifact: Path) -> str:
+    command = "tnm-pipeline export" if artifact.suffix == ".onnx" else "tnm-pipeline export --trt"
+    return f"Write both files again with `{command}`, or copy them together from where they were written"
+
+
+def _canonical(record: Mapping[str, object]) -> str:
+    return json.dumps(record, sort_keys=True, indent=2, allow_nan=False) + "\n"
+
+
+def _digest(record: Mapping[str, object]) -> str:
+    return hashlib.sha256(_canonical(record).encode()).hexdigest()

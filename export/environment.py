@@ -1,0 +1,55 @@
+"""The machine and library versions that a measurement belongs to."""
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from tnm_pipeline.engines.driver import probe
+
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "tnm-pipeline",
+)
+
+
+def environment() -> dict[str, object]:
+    """Everything a reader needs to judge or repeat a timing, as JSON-able data."""
+    driver = probe()
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "gpus": [gpu.name for gpu in driver.gpus],
+        "cuda_driver": driver.cuda_version,
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+    }
+
+
+def _cpu_model() -> str:
+    """The marketing name; `platform.processor()` is empty or only the architecture on Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

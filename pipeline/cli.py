@@ -1,0 +1,241 @@
+"""The command line. Results go to stdout, everything else to stderr; imports wait until a command needs them."""
+
+import json
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tnm_pipeline.pipeline.config import Config
+    from tnm_pipeline.pipeline.run import Done
+
+app = typer.Typer(
+    name="tnm-pipeline",
+    help="Train or convert a PyTorch model to transposable N:M sparsity, export it, and prove every step.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of the run.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one key.")]
+FolderOption = Annotated[Path | None, typer.Option("--folder", "-o", help="Run folder: results, cache and report.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Built-in name or module:function.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="Built-in name, .npz file or module:function.")]
+PatternOption = Annotated[str | None, typer.Option("--pattern", help="2:4, 2:4-T, 4:8 ...: N kept of M, -T both ways.")]
+TrustOption = Annotated[bool, typer.Option("--trust-source", help="Import the module:function a checkpoint names.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options that come before the command."""
+    if version:
+        print(f"tnm-pipeline {metadata.version('tnm-pipeline')}")  # noqa: T201  # stdout is for results
+        raise typer.Exit
+    _debugging["on"] = debug
+
+
+@app.command()
+def train(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    folder: FolderOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    pattern: PatternOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train with masks; the sparse checkpoint is FOLDER/train/model.safetensors."""
+    chosen = {**_options(folder, model, data, pattern), "run.routes": ["train"]}
+    _run(_resolve(config, overrides, chosen), {"train", "dense"}, as_json)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Dense or unstructured weights: .safetensors or .pt.")],
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    folder: FolderOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    pattern: PatternOption = None,
+    trust_source: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a checkpoint without training; writes FOLDER/convert/model.safetensors."""
+    chosen = {
+        **_options(folder, model, data, pattern),
+        "run.routes": ["convert"],
+        "model.checkpoint": str(_existing(checkpoint)),
+    }
+    _run(_resolve(config, overrides, chosen, checkpoint, trust_source), {"convert"}, as_json)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Sparse checkpoint; without it, the best one of the run folder.")
+    ] = None,
+    trt: Annotated[bool, typer.Option("--trt", help="Build TensorRT plans too.")] = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    folder: FolderOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    trust_source: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export to ONNX, and with --trt build plans; everything in FOLDER/export and FOLDER/build, verified."""
+    config = config or _config_of(folder, checkpoint)
+    chosen = {**_options(folder, model, data, None), "trt.enabled": trt}
+    if checkpoint:
+        chosen["export.checkpoint"] = str(_existing(checkpoint))
+    _run(_resolve(config, overrides, chosen, checkpoint, trust_source), {"verify"}, as_json)
+
+
+@app.command()
+def run(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    folder: FolderOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    pattern: PatternOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Do everything that changed since the last time: train, convert, export, build, verify, report."""
+    _run(_resolve(config, overrides, _options(folder, model, data, pattern)), None, as_json)
+
+
+@app.command()
+def demo(overrides: SetOption = None, folder: FolderOption = None, as_json: JsonOption = False) -> None:
+    """The whole pipeline on handwritten digits that ship with scikit-learn: about a minute, CPU only."""
+    from tnm_pipeline.pipeline.resolve import DEMO
+
+    _run(_resolve(DEMO, overrides, _options(folder, None, None, None)), None, as_json)
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="An .onnx or .plan file with its manifest beside it.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Check an artifact: manifest, hash, sparsity recounted, and whether it loads and runs here."""
+    from tnm_pipeline.pipeline.inspect import verify_file
+
+    facts = verify_file(artifact)
+    _print(facts, as_json)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A checkpoint, an .onnx file, or a .plan with its manifest.")],
+    pattern: PatternOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show layer by layer what a file holds: pattern, violations in both directions, eligibility."""
+    from tnm_pipeline.pipeline.inspect import inspect_file
+
+    _print(inspect_file(file, pattern), as_json)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine can do, what it cannot, and the command that would change it."""
+    from tnm_pipeline.pipeline.doctor import diagnose, show
+
+    findings = diagnose()
+    if as_json:
+        _print_json(findings)
+    else:
+        show(findings)
+
+
+_debugging = {"on": False}
+
+
+def main() -> None:
+    """Entry point: runs a command and turns an error into a message and an exit code."""
+    sys.path.insert(0, "")  # a console script does not import from the current folder, where users keep their models
+    try:
+        app()
+    except (Exception, KeyboardInterrupt) as error:
+        if _debugging["on"]:
+            raise
+        from tnm_pipeline.pipeline.errors import ExitCode, exit_code
+
+        code = exit_code(error)
+        text = str(error) or type(error).__name__
+        if code is ExitCode.BUG:
+            text = f"{type(error).__name__}: {text}\nThis is a bug: report what `tnm-pipeline --debug ...` prints"
+        sys.stderr.write(f"error: {text}\n")
+        raise SystemExit(code) from None
+
+
+def _resolve(
+    config: Path | None,
+    overrides: list[str] | None,
+    chosen: dict[str, Any],
+    remembers: Path | None = None,
+    trust_source: bool = False,
+) -> "Config":
+    from tnm_pipeline.pipeline.resolve import resolve
+
+    return resolve(config, overrides or [], chosen, remembers=remembers, trust_source=trust_source)
+
+
+def _options(folder: Path | None, model: str | None, data: str | None, pattern: str | None) -> dict[str, Any]:
+    return {
+        "run.folder": str(folder) if folder else None,
+        "model.source": model,
+        "data.source": data,
+        "sparsity.pattern": pattern,
+    }
+
+
+def _existing(path: Path) -> Path:
+    from tnm_pipeline.training.checkpoint import CheckpointError
+
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    return path
+
+
+def _config_of(folder: Path | None, checkpoint: Path | None) -> Path | None:
+    """The configuration that a run folder was made with, when `export` goes on from it."""
+    if folder and not checkpoint and (folder / "config.toml").is_file():
+        return folder / "config.toml"
+    return None
+
+
+def _run(config: "Config", targets: set[str] | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    from tnm_pipeline.pipeline.report import render
+    from tnm_pipeline.pipeline.run import execute
+    from tnm_pipeline.pipeline.summary import show, to_json
+
+    done: dict[str, Done] = execute(config, targets, console=Console(stderr=True))
+    render(config.run.folder)
+    if as_json:
+        _print_json(to_json(config, done))
+    else:
+        show(config, done)
+
+
+def _print(facts: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(facts.to_dict())
+    else:
+        facts.show()
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,204 @@
+"""The configuration of a run: one TOML file, unknown keys refused, every default written down.
+
+(TOML, because YAML reads an unquoted 2:4 as the number 124.)
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tnm_pipeline.pipeline.errors import ConfigError
+from tnm_pipeline.training.pattern import Pattern
+
+Route = Literal["train", "convert", "convert-unstructured"]
+PatternText = Annotated[str, AfterValidator(lambda text: str(Pattern.parse(text)))]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunSection(_Section):
+    """Where a run lives and which ways to a sparse checkpoint it tries; the most accurate one is exported."""
+
+    folder: Path = Path("runs/default")
+    routes: Annotated[tuple[Route, ...], Field(min_length=1)] = ("train", "convert", "convert-unstructured")
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class SourceSection(_Section):
+    """A model or data set: a built-in name, `module:function`, or for data an .npz file."""
+
+    source: str = ""
+    args: dict[str, Any] = {}
+
+
+class ModelSection(SourceSection):
+    """The model, and optionally a dense checkpoint to start from instead of training one."""
+
+    checkpoint: Path | None = None
+
+
+class SparsitySection(_Section):
+    """The pattern and the layers that get it."""
+
+    pattern: PatternText = "2:4-T"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    keep_last: bool = True
+
+
+class TrainSection(_Section):
+    """The training loop; see `tnm_pipeline.training.loop.FitConfig`."""
+
+    recipe: Literal["dynamic", "static"] = "dynamic"
+    epochs: Annotated[int, Field(ge=1)] = 40
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    save_every: Annotated[int, Field(ge=1)] = 200
+
+
+class ConvertSection(_Section):
+    """Layerwise conversion; see `tnm_pipeline.training.convert`."""
+
+    method: Literal["magnitude", "adaprune", "least-squares"] = "least-squares"
+    samples: Annotated[int, Field(ge=2)] = 512
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    sequential: bool = True
+    retune_batch_norm: bool = True
+    unstructured: Fraction = 0.5
+
+
+class ExportSection(_Section):
+    """ONNX export. `checkpoint` exports a given sparse checkpoint instead of the best route's."""
+
+    checkpoint: Path | None = None
+    opset: Annotated[int, Field(ge=18, le=22)] = 20
+
+
+class TrtSection(_Section):
+    """TensorRT plans: `backend` auto takes TensorRT on a machine with a GPU, TensorRT for RTX otherwise."""
+
+    enabled: bool = True
+    backend: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
+    precision: Literal["fp32", "fp16"] = "fp16"
+    compute_capabilities: Annotated[tuple[str, ...], Field(min_length=1)] = ("8.0", "8.9", "12.0")
+    batch: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 8, 64)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if list(self.batch) != sorted(self.batch):
+            raise ValueError(f"batch is [smallest, usual, largest]; got {list(self.batch)}")
+        return self
+
+
+class VerifySection(_Section):
+    """Gates: accuracy lost against dense, in points; latency is measured, and gated only if asked."""
+
+    max_drop: Annotated[float, Field(ge=0)] = 2.0
+    min_speedup: Annotated[float | None, Field(gt=0)] = None
+    latency_batch: Annotated[int, Field(ge=1)] = 8
+    latency_rounds: Annotated[int, Field(ge=10)] = 200
+
+
+class Config(_Section):
+    """Everything a run depends on."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    data: SourceSection = SourceSection()
+    sparsity: SparsitySection = SparsitySection()
+    train: TrainSection = TrainSection()
+    convert: ConvertSection = ConvertSection()
+    export: ExportSection = ExportSection()
+    trt: TrtSection = TrtSection()
+    verify: VerifySection = VerifySection()
+
+    def to_toml(self) -> str:
+        """The resolved configuration, readable by `load_config`."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = (), extra: Mapping[str, Any] | None = None) -> Config:
+    """Read, override and validate.
+
+    Args:
+        path: TOML file; None for the defaults alone.
+        overrides: `section.key=value`, the value in TOML syntax or a bare string; later ones win.
+        extra: dotted key -> value, from command line options; wins over everything.
+
+    Raises:
+        ConfigError: missing or malformed file, unknown key, wrong type or value, with its place.
+    """
+    tree = _read(path) if path else {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {override}: write section.key=value, for example --set convert.method=adaprune")
+        _assign(tree, key.strip(), _value(text.strip()), f"--set {override}")
+    for key, value in (extra or {}).items():
+        if value is not None:
+            _assign(tree, key, value, key)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        place = str(path) if path else "the configuration"
+        raise ConfigError(f"{place}: " + "; ".join(_explain(dict(item)) for item in error.errors())) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config {path} is not valid TOML: {error}") from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare string: nobody wants to quote twice in a shell
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{origin}: {section} is a value, not a section")
+    tree[key] = value
+
+
+def _explain(item: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {place}{_closest(item['loc'])}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{place} = {item['input']!r}: {message}"
+
+
+def _closest(location: tuple[str, ...]) -> str:
+    """The known keys of the section that the unknown key stands in, and the likeliest one first."""
+    from difflib import get_close_matches
+
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    known = list(section.model_fields)
+    close = get_close_matches(location[-1], known, n=1)
+    return f": did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"

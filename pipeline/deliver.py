@@ -1,0 +1,214 @@
+"""The stages that make and prove what is deployed: export, build, verify."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from tnm_pipeline.engines import EnvironmentLacks, Session, load
+from tnm_pipeline.engines.manifest import sha256_of, write_manifest
+from tnm_pipeline.export.artifacts import onnx_manifest
+from tnm_pipeline.export.errors import AccuracyGateFailed, ExportRejected
+from tnm_pipeline.export.half import to_fp16
+from tnm_pipeline.export.latency import measure
+from tnm_pipeline.export.onnx import export_onnx
+from tnm_pipeline.export.sparsity import SparsityReport, inspect_onnx
+from tnm_pipeline.export.tensorrt import build_plan
+from tnm_pipeline.export.verify import compare, verify_onnx
+from tnm_pipeline.pipeline.errors import LatencyGateFailed
+from tnm_pipeline.pipeline.learn import model_from
+from tnm_pipeline.pipeline.stages import Context
+from tnm_pipeline.training.checkpoint import Checkpoint
+from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.sources import load_data
+
+_INPUT = "input"  # the name of the exported graph's input
+
+
+def export(context: Context) -> dict[str, Any]:
+    """Write the ONNX files, fp32 and fp16, of the sparse model, and fp32 of its dense twin if there is one."""
+    config = context.config
+    sample = load_data(config.data.source, config.data.args).test.tensors[0][:2]
+    files = []
+    for label, name in (("sparse", "model"), ("dense", "dense")):
+        if label not in context.inputs:
+            continue
+        model, checkpoint = model_from(config, context.inputs[label])
+        path = context.folder / f"{name}.fp32.onnx"
+        export_onnx(model, sample, path, opset=config.export.opset, input_name=_INPUT)
+        files.append(_describe(path, "fp32", checkpoint))
+        if label == "sparse":
+            half = context.folder / f"{name}.fp16.onnx"
+            to_fp16(path, half)
+            files.append(_describe(half, "fp16", checkpoint))
+        context.progress(len(files), 3)
+    return {"files": files}
+
+
+def build(context: Context) -> dict[str, Any]:
+    """Build the plan with sparse weights allowed, and its twin from the same file with the flag off."""
+    trt = context.config.trt
+    onnx_path = context.inputs["onnx"]
+    summary = inspect_onnx(onnx_path).summary()
+    plans = []
+    for sparse, suffix in ((True, ".plan"), (False, ".dense.plan")):
+        path = context.folder / f"model.{trt.precision}{suffix}"
+        report = build_plan(
+            onnx_path,
+            path,
+            sparse=sparse,
+            precision=trt.precision,
+            sparsity=summary,
+            backend=trt.backend,
+            batch=trt.batch,
+            compute_capabilities=trt.compute_capabilities,
+        )
+        manifest = report.manifest
+        plans.append(
+            {
+                "file": path.name,
+                "sparse_weights_flag": sparse,
+                "bytes": manifest.bytes,
+                "sha256": manifest.sha256,
+                "backend": manifest.backend,
+                "backend_version": manifest.backend_version,
+                "compute_capabilities": list(manifest.compute_capabilities),
+                "eligible_layers": report.eligible_layers,
+                "picked_layers": report.picked_layers,
+            }
+        )
+        context.progress(len(plans), 2)
+    return {"plans": plans, "identical": plans[0]["sha256"] == plans[1]["sha256"]}
+
+
+def verify(context: Context) -> dict[str, Any]:
+    """Recount the zeros, compare ONNX with torch, score both, load the plan, time the twins; then apply the gates."""
+    config = context.config
+    data = load_data(config.data.source, config.data.args)
+    inputs = data.test.tensors[0].numpy()
+    targets = data.test.tensors[1].numpy()
+    model, checkpoint = model_from(config, context.inputs["sparse"])
+    reference = _predictor(model)
+    parity, accuracy = {}, {"torch": _accuracy(reference(inputs), targets)}
+    for precision in ("fp32", "fp16"):
+        path = context.inputs[precision]
+        _recount(path, checkpoint)
+        parity[precision] = asdict(verify_onnx(reference, path, inputs, precision))
+        accuracy[f"onnx {precision}"] = _accuracy(_answers(path, inputs), targets)
+    if "dense onnx" in context.inputs:
+        accuracy["dense"] = _accuracy(_answers(context.inputs["dense onnx"], inputs), targets)
+    plan = _load_plan(context, inputs, reference(inputs)) if "plan" in context.inputs else None
+    latency = _latency(context, inputs)
+    result = {"parity": parity, "accuracy": accuracy, "plan": plan, "latency": latency, "samples": len(targets)}
+    _apply_gates(context, result)
+    return result
+
+
+def _describe(path: Path, precision: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    report = _recount(path, checkpoint)
+    write_manifest(path, onnx_manifest(path, precision=precision, sparsity=report.summary()))
+    facts = {"file": path.name, "precision": precision, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return facts | {"sparsity": report.to_dict()}
+
+
+def _recount(path: Path, checkpoint: Checkpoint) -> SparsityReport:
+    """Count violations of the promised patterns in an ONNX file, by code that the solvers do not share.
+
+    Raises:
+        ExportRejected: a group breaks its pattern, or a sparse layer is not in the file.
+    """
+    patterns = {name: Pattern.parse(text) for name, text in checkpoint.record.get("layers", {}).items()}
+    report = inspect_onnx(path, patterns)
+    found = {layer.name: layer for layer in report.layers}
+    for name, pattern in patterns.items():
+        layer = found.get(name)
+        broken = layer is None or layer.violations or (pattern.transposable and layer.violations_transposed)
+        if broken:
+            raise ExportRejected(f"{path.name}: layer {name} should hold {pattern}, but: {layer or 'it is not there'}")
+    return report
+
+
+def _predictor(model: nn.Module) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    @torch.no_grad()
+    def predict(inputs: NDArray[Any]) -> NDArray[Any]:
+        outputs: NDArray[Any] = model(torch.from_numpy(inputs)).numpy()
+        return outputs
+
+    return predict
+
+
+def _answers(path: Path, inputs: NDArray[Any]) -> NDArray[Any]:
+    with load(path, device="cpu") as session:
+        return session.run({_INPUT: inputs})[session.outputs[0].name]
+
+
+def _accuracy(outputs: NDArray[Any], targets: NDArray[Any]) -> float:
+    return float((outputs.argmax(1) == targets).mean())
+
+
+def _load_plan(context: Context, inputs: NDArray[Any], expected: NDArray[Any]) -> dict[str, Any]:
+    """Load the plan as production would: by TensorRT where a GPU is, by its ONNX file where none is."""
+    with load(context.inputs["plan"], fallback="onnxruntime") as session:
+        batch = context.config.trt.batch[1]
+        parity = compare(expected[:batch], session.run({_INPUT: inputs[:batch]})[session.outputs[0].name])
+        return {"backend": session.backend, "fallback_reason": session.fallback_reason, "parity": asdict(parity)}
+
+
+def _latency(context: Context, inputs: NDArray[Any]) -> dict[str, Any]:
+    """Time the sparse model against its dense twin, interleaved, on every runtime that works here."""
+    settings = context.config.verify
+    batch = np.resize(inputs, (settings.latency_batch, *inputs.shape[1:]))
+    tables: dict[str, Any] = {}
+    for runtime, (sparse, dense) in {
+        "onnxruntime": ("fp32", "dense onnx"),
+        "tensorrt": ("plan", "dense plan"),
+    }.items():
+        if sparse not in context.inputs or dense not in context.inputs:
+            continue
+        try:
+            with load(context.inputs[sparse]) as one, load(context.inputs[dense]) as other:
+                table = measure(
+                    {"dense": _call(other, batch), "sparse": _call(one, batch)},
+                    repeats=settings.latency_rounds,
+                    warmup=max(10, settings.latency_rounds // 10),
+                    baseline="dense",
+                )
+                tables[runtime] = table.to_dict() | {"batch": settings.latency_batch, "backend": one.backend}
+        except EnvironmentLacks as error:
+            tables[runtime] = {"not_measured": str(error)}
+    return tables
+
+
+def _call(session: Session, batch: NDArray[Any]) -> Callable[[], object]:
+    return lambda: session.run({_INPUT: batch})
+
+
+def _apply_gates(context: Context, result: dict[str, Any]) -> None:
+    gates = context.config.verify
+    accuracy = result["accuracy"]
+    if "dense" in accuracy:
+        drop = 100 * (accuracy["dense"] - accuracy["onnx fp32"])
+        result["drop"] = drop
+        if drop > gates.max_drop:
+            raise AccuracyGateFailed(
+                f"the sparse model is {drop:.2f} points below dense ({accuracy['onnx fp32']:.2%} against "
+                f"{accuracy['dense']:.2%}); allowed: {gates.max_drop:g}. Train longer, keep sensitive layers "
+                "dense with sparsity.exclude, or raise verify.max_drop"
+            )
+    if gates.min_speedup is None:
+        return
+    rows = result["latency"].get("tensorrt", {}).get("rows", [])
+    if not rows:
+        raise EnvironmentLacks(
+            "verify.min_speedup needs TensorRT plans timed on a GPU: run this on a GPU machine, or unset it"
+        )
+    ratio = next(row["ratio"] for row in rows if row["name"] == "sparse")
+    if 1 / ratio < gates.min_speedup:
+        raise LatencyGateFailed(
+            f"sparse runs at {1 / ratio:.2f} times dense; wanted {gates.min_speedup:g} (verify.min_speedup)"
+        )

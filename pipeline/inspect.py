@@ -1,0 +1,193 @@
+"""`inspect` and `verify`: what a file holds, recounted from the file itself."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tnm_pipeline.engines import ArtifactRejected, Manifest, TensorSpec, load
+from tnm_pipeline.engines.manifest import manifest_path, read_manifest, verify_artifact
+from tnm_pipeline.export.sparsity import inspect_onnx
+from tnm_pipeline.training.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of a file. Counts are of groups with more than N non-zeros."""
+
+    layer: str
+    shape: tuple[int, ...]
+    pattern: str
+    density: float
+    violations: int
+    violations_transposed: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found in one file.
+
+    Attributes:
+        title: the file and what it is.
+        rows: layer by layer.
+        lines: further facts, one sentence each.
+    """
+
+    title: str
+    rows: list[Row] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-able values."""
+        return asdict(self)
+
+    def show(self) -> None:
+        """Print on stdout."""
+        console = Console(soft_wrap=True, highlight=False)
+        console.print(self.title, markup=False)
+        if self.rows:
+            table = Table("layer", "shape", "pattern", "density", "violations W", "violations W^T", "")
+            for row in self.rows:
+                shape = "x".join(str(side) for side in row.shape)
+                counts = (str(row.violations), str(row.violations_transposed))
+                table.add_row(row.layer, shape, row.pattern, f"{row.density:.1%}", *counts, row.note)
+            console.print(table, markup=False)
+        for line in self.lines:
+            console.print(line, markup=False)
+
+
+def inspect_file(path: Path, pattern: str | None) -> Facts:
+    """Show what a checkpoint, an ONNX file or a plan holds.
+
+    Args:
+        path: `.onnx`, `.plan` with its manifest, `.safetensors` or `.pt`.
+        pattern: count against this one instead of the patterns that the file promises.
+
+    Raises:
+        ArtifactRejected: missing file, or a plan without a readable manifest.
+        CheckpointError: not a readable checkpoint.
+        ExportRejected: not a readable ONNX file.
+        PatternError: the pattern makes no sense.
+    """
+    asked = Pattern.parse(pattern) if pattern else None
+    if not path.is_file():
+        raise ArtifactRejected(f"{path} does not exist")
+    if path.suffix == ".onnx":
+        return Facts(f"{path}: ONNX", _onnx_rows(path, _promised(path), asked or Pattern(2, 4, transposable=True)))
+    if manifest_path(path).exists():
+        return _plan_facts(path, read_manifest(path))
+    return _checkpoint_facts(path, asked)
+
+
+def verify_file(path: Path) -> Facts:
+    """Check an artifact as production would: manifest, hash, sparsity recounted, load, run.
+
+    A machine that cannot run a plan is told so in a line; the plan's ONNX file answers instead.
+
+    Raises:
+        ArtifactRejected: the artifact, its source or a manifest is not what it should be, or a promised pattern is
+            broken.
+    """
+    manifest = verify_artifact(path)
+    lines = [f"sha256 {manifest.sha256}: as in the manifest"]
+    source = path if manifest.source_onnx is None else path.parent / manifest.source_onnx
+    rows = _onnx_rows(source, _promised(source), Pattern(2, 4, transposable=True))
+    broken = [row for row in rows if row.pattern and (row.violations or row.violations_transposed)]
+    if broken:
+        raise ArtifactRejected(
+            f"{source.name}: {broken[0].layer} breaks {broken[0].pattern} in {broken[0].violations} groups of W and "
+            f"{broken[0].violations_transposed} of W^T; export it again from its checkpoint"
+        )
+    promised = sum(1 for row in rows if row.pattern)
+    lines.append(f"0 violating groups in the {promised} layers of {source.name} that promise a pattern")
+    with load(path, fallback="onnxruntime") as session:
+        outputs = session.run({spec.name: _zeros(spec) for spec in session.inputs})
+        finite = all(bool(np.isfinite(output).all()) for output in outputs.values())
+        lines.append(f"loaded and run by {session.backend}; the outputs are {'finite' if finite else 'NOT finite'}")
+        if session.fallback_reason:
+            lines.append(f"not by {manifest.backend}: {session.fallback_reason}")
+    if not finite:
+        raise ArtifactRejected(f"{path.name} gives NaN or Inf for an input of zeros; export it again")
+    return Facts(f"{path}: {manifest.backend} {manifest.backend_version}, {manifest.precision}", rows, lines)
+
+
+def _promised(onnx_path: Path) -> dict[str, Pattern]:
+    """The patterns that an ONNX file's manifest promises, by layer; empty without a manifest."""
+    if not manifest_path(onnx_path).exists():
+        return {}
+    promised = read_manifest(onnx_path).sparsity.get("patterns", {})
+    assert isinstance(promised, Mapping)
+    return {name: Pattern.parse(text) for name, text in promised.items()}
+
+
+def _onnx_rows(path: Path, patterns: Mapping[str, Pattern], default: Pattern) -> list[Row]:
+    report = inspect_onnx(path, patterns, None if patterns else default)
+    return [
+        Row(
+            layer=layer.name,
+            shape=tuple(layer.shape),
+            pattern=layer.pattern or "",
+            density=layer.density,
+            violations=layer.violations,
+            violations_transposed=layer.violations_transposed,
+            note="eligible" if layer.eligible else layer.why,
+        )
+        for layer in report.layers
+    ]
+
+
+def _plan_facts(path: Path, manifest: Manifest) -> Facts:
+    capabilities = ", ".join(manifest.compute_capabilities)
+    lines = [
+        f"built by {manifest.backend} {manifest.backend_version} for compute capability {capabilities}",
+        f"sparse weights flag: {'on' if manifest.sparse_weights_flag else 'off'}",
+        f"source: {manifest.source_onnx}",
+        f"inputs: {', '.join(map(_tensor, manifest.inputs))}; outputs: {', '.join(map(_tensor, manifest.outputs))}",
+        f"sparsity of its source: {dict(manifest.sparsity)}",
+        f"check it with: tnm-pipeline verify {path}",
+    ]
+    return Facts(f"{path}: {manifest.backend} plan, {manifest.precision}, {manifest.bytes:,} bytes", [], lines)
+
+
+def _checkpoint_facts(path: Path, asked: Pattern | None) -> Facts:
+    from tnm_pipeline.training.checkpoint import read_checkpoint
+    from tnm_pipeline.training.masks import count_violations
+
+    checkpoint = read_checkpoint(path)
+    promised = {name: Pattern.parse(text) for name, text in checkpoint.record.get("layers", {}).items()}
+    rows = []
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dim() not in (2, 4) or not tensor.is_floating_point():
+            continue
+        layer = name.removesuffix(".weight")
+        pattern = asked or promised.get(layer)
+        counted = count_violations(tensor, pattern or Pattern(2, 4, transposable=True))
+        rows.append(
+            Row(
+                layer=layer,
+                shape=tuple(tensor.shape),
+                pattern=str(pattern or ""),
+                density=float((tensor != 0).double().mean()),
+                violations=counted.forward,
+                violations_transposed=counted.transposed,
+                note="" if pattern else "promises no pattern; counted against 2:4",
+            )
+        )
+    record = checkpoint.record
+    origin = f"model {record['model']['source']}, stage {record['stage']}" if record else "not written by tnm-pipeline"
+    return Facts(f"{path}: checkpoint, {origin}", rows)
+
+
+def _zeros(spec: TensorSpec) -> np.ndarray[Any, Any]:
+    """One valid input: dynamic dimensions at the usual size of their range, or 1."""
+    shape = [side if isinstance(side, int) else spec.ranges.get(side, (1, 1, 1))[1] for side in spec.shape]
+    return np.zeros(shape, dtype=spec.dtype)
+
+
+def _tensor(spec: TensorSpec) -> str:
+    return f"{spec.name} {spec.dtype} {'x'.join(str(side) for side in spec.shape)}"

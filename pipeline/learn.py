@@ -1,0 +1,175 @@
+"""The stages that make checkpoints: dense, train, prune, convert, and the choice between them."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnm_pipeline.pipeline.cache import STATE_FILE
+from tnm_pipeline.pipeline.config import Config
+from tnm_pipeline.pipeline.stages import CHECKPOINT, Context
+from tnm_pipeline.training.checkpoint import Checkpoint, load_into, read_checkpoint, save_checkpoint
+from tnm_pipeline.training.convert import convert as convert_model
+from tnm_pipeline.training.layout import to_gemm
+from tnm_pipeline.training.loop import FitConfig, Sparsity, evaluate, fit
+from tnm_pipeline.training.masks.prune import prune_unstructured
+from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.recipes import recipe_named
+from tnm_pipeline.training.selection import Selection, select
+from tnm_pipeline.training.sources import Splits, load_data, load_model
+
+_PICTURE = 16  # side of the mask picture in the report
+
+
+def new_model(config: Config) -> nn.Module:
+    """The untrained model; its initial weights depend on the seed alone."""
+    torch.manual_seed(config.run.seed)
+    return load_model(config.model.source, config.model.args)
+
+
+def model_from(config: Config, path: Path) -> tuple[nn.Module, Checkpoint]:
+    """The model with the weights of a checkpoint, in eval mode."""
+    model = new_model(config)
+    checkpoint = read_checkpoint(path)
+    load_into(model, checkpoint, path)
+    return model.eval(), checkpoint
+
+
+def dense(context: Context) -> dict[str, Any]:
+    """Train the dense baseline, or evaluate the checkpoint that was given instead."""
+    config = context.config
+    if "checkpoint" in context.inputs:
+        model, given = model_from(config, context.inputs["checkpoint"])
+        _save(context, model, dict(given.masks), given.record.get("layers", {}))
+        accuracy = evaluate(model, _data(config).test)
+        return {"accuracy": accuracy, "history": None, "parameters": _parameters(model), "given": True}
+    return _fit(context, new_model(config), None) | {"given": False}
+
+
+def train(context: Context) -> dict[str, Any]:
+    """Train with masks: from the initial weights, or with `static` from the dense ones."""
+    config = context.config
+    model = model_from(config, context.inputs["dense"])[0] if "dense" in context.inputs else new_model(config)
+    recipe = recipe_named(config.train.recipe)
+    return _fit(context, model, Sparsity(_pattern(config), recipe, _selection(config)))
+
+
+def prune(context: Context) -> dict[str, Any]:
+    """Make an unstructured checkpoint, as other tools leave them, for the conversion to start from."""
+    config = context.config
+    model, _ = model_from(config, context.inputs["dense"])
+    plan = select(model, _pattern(config), _selection(config))
+    sparsity = prune_unstructured(model, plan.chosen, config.convert.unstructured)
+    _save(context, model, {}, {})
+    return {"accuracy": evaluate(model, _data(config).test), "sparsity": sparsity}
+
+
+def convert(context: Context) -> dict[str, Any]:
+    """Convert a dense or unstructured checkpoint layer by layer."""
+    config = context.config
+    model, _ = model_from(config, context.inputs["start"])
+    data = _data(config)
+    pattern = _pattern(config)
+    calibration = data.train.tensors[0][: config.convert.samples]
+    conversion = convert_model(
+        model,
+        pattern,
+        torch.split(calibration, config.convert.batch_size),
+        method=config.convert.method,
+        selection=_selection(config),
+        sequential=config.convert.sequential,
+        retune_batch_norm=config.convert.retune_batch_norm,
+        on_layer=lambda _, done, total: context.progress(done, total),
+    )
+    _save(context, model, conversion.masks, dict.fromkeys(conversion.masks, str(pattern)))
+    rows = [{k: v for k, v in layer.to_dict().items() if k != "seconds"} for layer in conversion.layers]
+    return {
+        "accuracy": evaluate(model, data.test),
+        "method": config.convert.method,
+        "layers": rows,
+        "skipped": conversion.plan.skipped,
+        "picture": _picture(conversion.masks),
+    }
+
+
+def choose(context: Context) -> dict[str, Any]:
+    """Take the checkpoint of the most accurate route; the first one of equals."""
+    routes = context.config.run.routes
+    results = {route: json.loads(context.inputs[f"{route} result"].read_text(encoding="utf-8")) for route in routes}
+    candidates = {route: results[route]["accuracy"] for route in routes}
+    best = max(routes, key=lambda route: candidates[route])
+    shutil.copyfile(context.inputs[best], context.folder / CHECKPOINT)
+    return {"route": best, "accuracy": candidates[best], "candidates": candidates}
+
+
+def take(context: Context) -> dict[str, Any]:
+    """Check the sparse checkpoint that the user gave and take it as it is."""
+    model, checkpoint = model_from(context.config, context.inputs["given"])
+    patterns = checkpoint.record.get("layers", {})
+    _save(context, model, checkpoint.masks, patterns)
+    return {"route": "given", "accuracy": evaluate(model, _data(context.config).test), "candidates": {}}
+
+
+def _fit(context: Context, model: nn.Module, sparsity: Sparsity | None) -> dict[str, Any]:
+    config = context.config
+    state = context.folder / STATE_FILE
+    settings = config.train.model_dump(exclude={"recipe"})
+    result = fit(
+        model,
+        _data(config),
+        FitConfig(**settings, seed=config.run.seed),
+        sparsity=sparsity,
+        state_path=state,
+        on_step=context.progress,
+        should_stop=context.should_stop,
+    )
+    _save(context, model, result.masks, {row.name: row.pattern for row in result.layers if row.pattern})
+    state.unlink(missing_ok=True)
+    return {
+        "accuracy": result.accuracy,
+        "history": vars(result.history),
+        "parameters": _parameters(model),
+        "layers": [row.to_dict() for row in result.layers],
+        "skipped": {row.name: row.skipped for row in result.layers if row.skipped},
+        "picture": _picture(result.masks),
+    }
+
+
+def _save(context: Context, model: nn.Module, masks: dict[str, Tensor], patterns: Mapping[str, str | None]) -> None:
+    config = context.config
+    record = {
+        "model": {"source": config.model.source, "args": config.model.args},
+        "data": {"source": config.data.source, "args": config.data.args},
+        "layers": dict(patterns),
+        "stage": context.folder.name,
+    }
+    save_checkpoint(context.folder / CHECKPOINT, Checkpoint(model.state_dict(), masks, record))
+
+
+def _data(config: Config) -> Splits:
+    return load_data(config.data.source, config.data.args)
+
+
+def _pattern(config: Config) -> Pattern:
+    return Pattern.parse(config.sparsity.pattern)
+
+
+def _selection(config: Config) -> Selection:
+    return Selection(**config.sparsity.model_dump(exclude={"pattern"}))
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _picture(masks: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The top left corner of the largest mask as rows of 0 and 1, GEMM form, for the report."""
+    if not masks:
+        return None
+    name = max(masks, key=lambda layer: masks[layer].numel())
+    corner = to_gemm(masks[name])[:_PICTURE, :_PICTURE]
+    return {"layer": name, "rows": corner.int().tolist()}

@@ -1,0 +1,68 @@
+"""From a command line to a complete configuration: sources that a checkpoint remembers are filled in."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tnm_pipeline.pipeline.config import Config, load_config
+from tnm_pipeline.pipeline.errors import ConfigError
+
+DEMO = Path(__file__).with_name("demo.toml")
+
+
+def resolve(
+    path: Path | None,
+    overrides: Sequence[str],
+    options: dict[str, Any],
+    *,
+    remembers: Path | None = None,
+    trust_source: bool = False,
+) -> Config:
+    """Read the configuration and find out which model and data it is about.
+
+    Args:
+        path: TOML file, or None.
+        overrides: of `--set`.
+        options: dotted key -> value or None, from command line options.
+        remembers: a checkpoint of ours, whose record fills in a missing model or data source.
+        trust_source: import `module:function` named by the checkpoint. Without it only built-in names are taken from a
+            file, because importing runs code.
+
+    Raises:
+        ConfigError: a source is missing, or named by the checkpoint but not trusted.
+    """
+    config = load_config(path, overrides, options)
+    filled = dict(options)
+    record = _record_of(remembers) if remembers else {}
+    for section in ("model", "data"):
+        if getattr(config, section).source:
+            continue
+        known = record.get(section)
+        if not known:
+            raise ConfigError(
+                f"which {section}? Set {section}.source in the config file, or pass --{section} with a built-in name "
+                "or module:function"
+            )
+        if ":" in known["source"] and not trust_source:
+            raise ConfigError(
+                f"{remembers} was made with {section} source {known['source']}, which would be imported and run: pass "
+                f"--{section} {known['source']} or --trust-source if you trust it"
+            )
+        filled[f"{section}.source"], filled[f"{section}.args"] = known["source"], known["args"]
+    return load_config(path, overrides, filled)
+
+
+def _record_of(checkpoint: Path) -> dict[str, Any]:
+    """The record in a safetensors header, read without torch; empty for foreign files.
+
+    A broken file is no error here: the stage that reads it whole says what is wrong with it.
+    """
+    try:
+        with checkpoint.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size < 100_000_000 else {}
+        record: dict[str, Any] = json.loads(header["__metadata__"]["tnm_pipeline"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return record

@@ -1,0 +1,160 @@
+"""The stages of a run and what each depends on. Artifacts pass between them as files.
+
+    train                                   |
+    dense -> convert                        |-> best -> export -> build -> verify
+    dense -> prune -> convert-unstructured  |
+
+Each stage writes into its own folder of the run folder, a `result.json` among the files.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tnm_pipeline.pipeline.cache import source_fingerprint
+from tnm_pipeline.pipeline.config import Config
+
+CHECKPOINT = "model.safetensors"
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage's body is given.
+
+    Attributes:
+        config: of the run.
+        folder: the stage's own, which exists.
+        inputs: label -> file that an earlier stage, or the user, made.
+        progress: told (steps done, steps in all).
+        should_stop: whether the user asked to stop.
+    """
+
+    config: Config
+    folder: Path
+    inputs: Mapping[str, Path]
+    progress: Callable[[int, int], None]
+    should_stop: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    Attributes:
+        name: also of its folder.
+        title: what a person reads while it runs.
+        body: `module:function` of this package that does the work and returns what goes to `result.json`.
+            Named, not imported: a run whose stages are all cached never imports torch.
+        settings: the part of the configuration that it depends on, JSON-able.
+        inputs: label -> file.
+    """
+
+    name: str
+    title: str
+    body: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+
+
+def stages_of(config: Config, folder: Path) -> dict[str, Stage]:
+    """The stages that a configuration asks for, by name, in the order in which they run.
+
+    Args:
+        config: resolved: model and data sources are known.
+        folder: the run folder.
+    """
+    sections = config.model_dump(mode="json")
+    model, data = config.model, config.data
+    common = {
+        "seed": config.run.seed,
+        "model": {"source": model.source, "args": model.args, "content": source_fingerprint(model.source)},
+        "data": {"source": data.source, "args": data.args, "content": source_fingerprint(data.source)},
+    }
+    sparsity = {**common, "sparsity": sections["sparsity"]}
+    given = {"checkpoint": config.model.checkpoint} if config.model.checkpoint else {}
+    stages: dict[str, Stage] = {}
+
+    def add(name: str, title: str, body: str, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Path:
+        stages[name] = Stage(name, title, body, settings, inputs)
+        return folder / name
+
+    if config.export.checkpoint:
+        best = add("best", "take the sparse checkpoint", "learn:take", common, {"given": config.export.checkpoint})
+        twin: dict[str, Path] = {}
+    else:
+        learning = {key: value for key, value in sections["train"].items() if key not in ("recipe", "save_every")}
+        dense_settings = common if given else {**common, "train": learning}
+        title = "evaluate the given checkpoint" if given else "train the dense baseline"
+        dense = add("dense", title, "learn:dense", dense_settings, given) / CHECKPOINT
+        twin = {"dense": dense}
+        made = {route: _add_route(add, route, config, sections, sparsity, dense) for route in config.run.routes}
+        best = add(
+            "best",
+            "choose the most accurate",
+            "learn:choose",
+            {"routes": config.run.routes},
+            {
+                **{route: path / CHECKPOINT for route, path in made.items()},
+                **{f"{route} result": path / RESULT for route, path in made.items()},
+            },
+        )
+    checkpoints = {"sparse": best / CHECKPOINT, **twin}
+    exported = add("export", "export to ONNX", "deliver:export", {**common, "opset": config.export.opset}, checkpoints)
+    files = {"fp32": exported / "model.fp32.onnx", "fp16": exported / "model.fp16.onnx"}
+    graphs = files | ({"dense onnx": exported / "dense.fp32.onnx"} if twin else {})
+    plans: dict[str, Path] = {}
+    if config.trt.enabled:
+        source = {"onnx": files[config.trt.precision]}
+        built = add("build", "build TensorRT plans", "deliver:build", {"trt": sections["trt"]}, source)
+        stem = f"model.{config.trt.precision}"
+        plans = {"plan": built / f"{stem}.plan", "dense plan": built / f"{stem}.dense.plan"}
+    settings = {**common, "verify": sections["verify"]}
+    add("verify", "verify", "deliver:verify", settings, {**checkpoints, **graphs, **plans})
+    return stages
+
+
+def needed_for(stages: Mapping[str, Stage], folder: Path, targets: set[str]) -> list[Stage]:
+    """The stages that the targets depend on and themselves, in order.
+
+    Args:
+        stages: all of the run.
+        folder: the run folder.
+        targets: names.
+    """
+    wanted: set[str] = set()
+    waiting = list(targets)
+    while waiting:
+        name = waiting.pop()
+        if name in wanted:
+            continue
+        wanted.add(name)
+        makers = {path.relative_to(folder).parts[0] for path in stages[name].inputs.values() if folder in path.parents}
+        waiting += makers & stages.keys()
+    return [stage for name, stage in stages.items() if name in wanted]
+
+
+def _add_route(
+    add: Callable[..., Path],
+    route: str,
+    config: Config,
+    sections: Mapping[str, Any],
+    sparsity: Mapping[str, Any],
+    dense: Path,
+) -> Path:
+    """Add the stages of one way to a sparse checkpoint; returns the folder of the last."""
+    pattern = config.sparsity.pattern
+    if route == "train":
+        learning = {key: value for key, value in sections["train"].items() if key != "save_every"}
+        start = {"dense": dense} if config.train.recipe == "static" else {}
+        title = f"train {pattern} ({config.train.recipe})"
+        return add("train", title, "learn:train", {**sparsity, "train": learning}, start)
+    settings = {**sparsity, "convert": sections["convert"]}
+    if route == "convert":
+        return add("convert", f"convert dense to {pattern}", "learn:convert", settings, {"start": dense})
+    fraction = config.convert.unstructured
+    pruning = {**sparsity, "fraction": fraction}
+    pruned = add("prune", f"prune {fraction:.0%} unstructured", "learn:prune", pruning, {"dense": dense})
+    title = f"convert the pruned one to {pattern}"
+    return add("convert-unstructured", title, "learn:convert", settings, {"start": pruned / CHECKPOINT})

@@ -1,0 +1,99 @@
+"""What a person reads on stdout when a command has ended."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tnm_pipeline.pipeline.config import Config
+from tnm_pipeline.pipeline.run import Done
+from tnm_pipeline.pipeline.stages import CHECKPOINT
+
+_ROUTES = {
+    "dense": "dense baseline",
+    "train": "trained sparse",
+    "convert": "converted from dense",
+    "prune": "pruned, unstructured",
+    "convert-unstructured": "converted from the pruned one",
+    "best": "given sparse checkpoint",
+}
+
+
+def to_json(config: Config, done: dict[str, Done]) -> dict[str, Any]:
+    """The results for machines: stage -> {result, cached, seconds}, and the run folder."""
+    return {"folder": str(config.run.folder), "stages": {name: vars(item) for name, item in done.items()}}
+
+
+def show(config: Config, done: dict[str, Done]) -> None:
+    """Print the accuracies, what was built, and what to do next."""
+    console = Console(soft_wrap=True, highlight=False)
+    folder = config.run.folder
+    console.print(_accuracies(config, done))
+    if "export" in done:
+        for file in done["export"].result["files"]:
+            console.print(f"{folder / 'export' / file['file']}  {_size(file['bytes'])}")
+    if "build" in done:
+        for plan in done["build"].result["plans"]:
+            console.print(f"{folder / 'build' / plan['file']}  {_size(plan['bytes'])}  {_built(plan)}")
+    if "verify" in done:
+        _show_verification(console, done["verify"].result)
+    console.print(f"report: {folder / 'report.html'}")
+    console.print(f"next: {_next(config, done)}")
+
+
+def _accuracies(config: Config, done: dict[str, Done]) -> Table:
+    table = Table("checkpoint", "pattern", "accuracy", "against dense", "")
+    dense = done["dense"].result["accuracy"] if "dense" in done else None
+    chosen = done["best"].result["route"] if "best" in done else None
+    for name, label in _ROUTES.items():
+        if name not in done or (name == "best" and chosen != "given"):
+            continue
+        accuracy = done[name].result["accuracy"]
+        pattern = "" if name in ("dense", "prune", "best") else config.sparsity.pattern
+        gap = "" if dense is None or name == "dense" else f"{100 * (accuracy - dense):+.2f}"
+        table.add_row(label, pattern, f"{accuracy:.2%}", gap, "exported" if name == chosen else "")
+    return table
+
+
+def _show_verification(console: Console, result: dict[str, Any]) -> None:
+    parity = result["parity"]
+    console.print(
+        f"ONNX against torch: fp32 max abs {parity['fp32']['max_abs']:.1e}, "
+        f"fp16 {parity['fp16']['relative_to_absmax']:.1e} of the output's absolute maximum"
+    )
+    for runtime, table in result["latency"].items():
+        if "not_measured" in table:
+            console.print(f"latency on {runtime}: not measured: {table['not_measured']}", markup=False)
+            continue
+        row = next(row for row in table["rows"] if row["name"] == "sparse")
+        spread = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
+        console.print(
+            f"latency on {runtime}, batch {table['batch']}: {row['median_us']:.0f} us, "
+            f"{row['ratio']:.2f} of dense ({spread})"
+        )
+    if result["plan"] and result["plan"]["fallback_reason"]:
+        console.print(
+            f"the plan was answered by {result['plan']['backend']}: {result['plan']['fallback_reason']}", markup=False
+        )
+
+
+def _built(plan: dict[str, Any]) -> str:
+    capabilities = ", ".join(plan["compute_capabilities"])
+    flag = "sparse weights on" if plan["sparse_weights_flag"] else "dense twin, sparse weights off"
+    picked = "" if plan["picked_layers"] is None else f", {plan['picked_layers']} layers picked"
+    return f"{plan['backend']} {plan['backend_version']} for {capabilities}: {flag}{picked}"
+
+
+def _next(config: Config, done: dict[str, Done]) -> str:
+    folder = config.run.folder
+    if "build" in done:
+        name = done["build"].result["plans"][0]["file"]
+        return f"tnm-pipeline verify {folder / 'build' / name}"
+    if "export" in done:
+        return f"tnm-pipeline inspect {folder / 'export' / 'model.fp32.onnx'}"
+    made = "convert" if "convert" in done else "train"
+    return f"tnm-pipeline export {folder / made / CHECKPOINT} --trt --folder {folder}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1024:.1f} KiB" if count < 1 << 20 else f"{count / (1 << 20):.1f} MiB"

@@ -1,0 +1,108 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper
+
+from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, Manifest, TensorSpec, load, write_manifest
+from tnm_pipeline.engines.backends.onnxruntime import OnnxRuntimeBackend
+from tnm_pipeline.engines.driver import Driver, Gpu, probe
+from tnm_pipeline.engines.manifest import read_verified, sha256_of
+
+NO_GPU = Driver(None, (), "no NVIDIA driver is installed")
+ONE_GPU = Driver("13.0", (Gpu("NVIDIA L4", "8.9"),), None)
+
+without_gpu = pytest.mark.skipif(bool(probe().gpus), reason="here the CUDA provider starts")
+
+
+def seal(path: Path, like: Manifest, **changes: Any) -> None:
+    values = {**{name: getattr(like, name) for name in like.__dataclass_fields__}, **changes}
+    values.update(artifact=path.name, sha256=sha256_of(path), bytes=path.stat().st_size)
+    write_manifest(path, Manifest(**values))
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_without_a_gpu_the_cpu_answers(model: Path, device: str) -> None:
+    backend = OnnxRuntimeBackend(*read_verified(model), device=device, driver=NO_GPU)
+    assert backend.device == "cpu"
+    assert backend.run({"input": np.zeros((0, 8), np.float32)})["output"].shape == (0, 16)
+    backend.close()
+
+
+def test_demanding_cuda_without_a_driver_says_why(model: Path) -> None:
+    with pytest.raises(EnvironmentLacks, match="needs a GPU: no NVIDIA driver is installed"):
+        OnnxRuntimeBackend(*read_verified(model), device="cuda", driver=NO_GPU)
+
+
+@without_gpu
+def test_demanding_cuda_never_ends_on_the_cpu(model: Path) -> None:
+    """The probe is told of a GPU; ONNX Runtime then really fails to start its provider, or has none."""
+    with pytest.raises(EnvironmentLacks, match="or pass device="):
+        OnnxRuntimeBackend(*read_verified(model), device="cuda", driver=ONE_GPU)
+
+
+@without_gpu
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="this ONNX Runtime is a CPU build"
+)
+def test_a_provider_that_does_not_start_is_announced_and_the_cpu_answers(model: Path) -> None:
+    with pytest.warns(RuntimeWarning, match=r"model\.fp32\.onnx runs on the CPU"):
+        backend = OnnxRuntimeBackend(*read_verified(model), device="auto", driver=ONE_GPU)
+    assert backend.device == "cpu"
+    assert backend.run({"input": np.zeros((2, 8), np.float32)})["output"].shape == (2, 16)
+
+
+def test_weights_outside_the_file_are_refused_even_where_they_would_be_found(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, content = read_verified(model)
+    outside = tmp_path / "outside.onnx"
+    onnx.save(
+        onnx.load_from_string(content), outside, save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
+    seal(outside, manifest)
+    monkeypatch.chdir(tmp_path)  # where ONNX Runtime would look
+    with pytest.raises(ArtifactRejected, match="with the weights inside"):
+        load(outside, device="cpu")
+
+
+def test_bytes_that_are_no_model_are_refused(model: Path, tmp_path: Path) -> None:
+    garbage = tmp_path / "garbage.onnx"
+    garbage.write_bytes(b"not a model" * 100)
+    seal(garbage, read_verified(model)[0])
+    with pytest.raises(ArtifactRejected, match="refuses it"):
+        load(garbage, device="cpu")
+
+
+def test_an_operator_that_is_not_implemented_is_the_environments_fault(model: Path, tmp_path: Path) -> None:
+    kind = onnx.TensorProto.DOUBLE  # the CPU provider has Erf for float32 only
+    graph = helper.make_graph(
+        [helper.make_node("Erf", ["input"], ["output"])],
+        "double_erf",
+        [helper.make_tensor_value_info("input", kind, ["batch", 8])],
+        [helper.make_tensor_value_info("output", kind, ["batch", 8])],
+    )
+    path = tmp_path / "erf.onnx"
+    opset = helper.make_opsetid("", 20)
+    path.write_bytes(helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString())
+    seal(path, read_verified(model)[0])
+    with pytest.raises(EnvironmentLacks, match=r"lacks an operator of erf\.onnx"):
+        load(path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"inputs": (TensorSpec("x", "float32", ("batch", 8), {}),)},
+        {"inputs": (TensorSpec("input", "float16", ("batch", 8), {}),)},
+        {"inputs": (TensorSpec("input", "float32", ("batch", 2, 4), {}),)},
+        {"outputs": (TensorSpec("output", "int64", ("batch", 16), {}),)},
+    ],
+)
+def test_a_manifest_of_other_tensors_is_refused(model: Path, changes: dict[str, Any]) -> None:
+    seal(model, read_verified(model)[0], **changes)
+    with pytest.raises(ArtifactRejected, match=r"\(name, dtype, rank\) are .* its manifest states"):
+        load(model, device="cpu")

@@ -1,0 +1,308 @@
+"""The TensorRT backend: what it refuses before TensorRT is imported, its calls against a stand-in, and a real GPU.
+
+`STAND_IN` has the calls of TensorRT that the backend makes and computes output = 2 * input, reading and writing the
+addresses that it is given. It proves our side; only `pytest -m gpu` proves TensorRT's.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tnm_pipeline.engines import EnvironmentLacks, TensorSpec, load, verify_artifact
+from tnm_pipeline.engines.backends.tensorrt import check_gpu
+from tnm_pipeline.engines.driver import Driver, Gpu, probe
+
+Run = Callable[..., str]
+
+STAND_IN = """
+import ctypes, enum
+import numpy as np
+
+__version__ = "10.13.2.6"
+
+class TensorIOMode(enum.Enum):
+    INPUT, OUTPUT = 0, 1
+
+class ILogger:
+    class Severity(enum.Enum):
+        INTERNAL_ERROR, ERROR, WARNING = 0, 1, 2
+
+def nptype(kind):
+    return kind
+
+class Runtime:
+    def __init__(self, logger):
+        self.logger = logger
+
+    def deserialize_cuda_engine(self, plan):
+        if plan == b"a plan":
+            return Engine(self.logger)
+        self.logger.log(ILogger.Severity.WARNING, "a warning")
+        self.logger.log(ILogger.Severity.ERROR, "magic tag does not match")
+
+class Engine:
+    num_io_tensors = 2
+
+    def __init__(self, logger):
+        self.logger = logger
+
+    def get_tensor_name(self, index):
+        return ("output", "input")[index]
+
+    def get_tensor_mode(self, name):
+        return TensorIOMode[name.upper()]
+
+    def get_tensor_dtype(self, name):
+        return np.float32
+
+    def get_tensor_shape(self, name):
+        return (-1, 8)
+
+    def create_execution_context(self):
+        return Context(self.logger)
+
+class Context:
+    def __init__(self, logger):
+        self.logger, self.addresses = logger, {}
+
+    def set_input_shape(self, name, shape):
+        self.shape = shape
+        if shape[0] == 6:
+            self.logger.log(ILogger.Severity.ERROR, "six is right out")
+        return shape[0] != 6
+
+    def get_tensor_shape(self, name):
+        return (-1, 8) if self.shape[0] == 5 else self.shape
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return address != 0
+
+    def execute_async_v3(self, stream):
+        if self.shape[0] == 4:
+            return False
+        tensor = ctypes.c_float * int(np.prod(self.shape))
+        given = np.ctypeslib.as_array(tensor.from_address(self.addresses["input"]))
+        np.ctypeslib.as_array(tensor.from_address(self.addresses["output"]))[:] = 2 * given
+        return stream != 0
+"""
+
+START = """
+import ctypes, sys
+import numpy as np
+held = ctypes.CDLL("libcuda.so.1").host_driver_held
+from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, FeedError, load
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """A folder for PYTHONPATH in which `import tensorrt` finds `STAND_IN`."""
+    folder = tmp_path / "stand_in"
+    folder.mkdir()
+    (folder / "tensorrt.py").write_text(STAND_IN)
+    return folder
+
+
+@pytest.fixture
+def doubler(tmp_path: Path, model: Path, seal_plan: Callable[..., Path]) -> Callable[..., Path]:
+    """`doubler(content, **changes)`: an artifact for the stand-in, with its manifest."""
+
+    def write(content: bytes = b"a plan", **changes: Any) -> Path:
+        path = tmp_path / "build" / "model.plan"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        values = {
+            "backend": "tensorrt",
+            "backend_version": "10.13.0.35",
+            "compute_capabilities": ("8.9",),
+            "outputs": (TensorSpec("output", "float32", ("batch", 8), {}),),
+        }
+        seal_plan(path, model, **{**values, **changes})
+        return path
+
+    return write
+
+
+def test_a_machine_without_a_gpu_is_told_so(plan: Path) -> None:
+    with pytest.raises(EnvironmentLacks, match=r"model\.fp16\.plan is a tensorrt_rtx plan and needs a GPU: no driver"):
+        check_gpu(verify_artifact(plan), Driver(None, (), "no driver"))
+
+
+def test_another_gpu_is_named_with_both_sides(plan: Path) -> None:
+    other = Driver("13.0", (Gpu("NVIDIA H200", "9.0"),), None)
+    with pytest.raises(EnvironmentLacks, match=r"built for compute capability 8\.0, 8\.9, and NVIDIA H200 has 9\.0"):
+        check_gpu(verify_artifact(plan), other)
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.9"])
+def test_a_gpu_that_the_plan_was_built_for_passes(plan: Path, capability: str) -> None:
+    check_gpu(verify_artifact(plan), Driver("13.0", (Gpu("some GPU", capability),), None))
+
+
+def test_another_gpu_is_refused_before_the_runtime_is_imported(run_on_host_driver: Run, plan: Path) -> None:
+    code = f"""{START}
+try:
+    load(sys.argv[1])
+except EnvironmentLacks as error:
+    print("tensorrt_rtx" in sys.modules, error)
+"""
+    said = run_on_host_driver(code, plan, HOST_DRIVER_CAPABILITY="9.0")
+    assert said.startswith("False model.fp16.plan was built for compute capability 8.0, 8.9, and Host Memory has 9.0")
+
+
+def test_the_fallback_covers_another_gpu(run_on_host_driver: Run, plan: Path) -> None:
+    code = f"""{START}
+with load(sys.argv[1], fallback="onnxruntime", device="cpu") as session:
+    print(session.run({{"input": np.zeros((2, 8), "float32")}})["output"].shape, session.fallback_reason)
+"""
+    said = run_on_host_driver(code, plan, HOST_DRIVER_CAPABILITY="9.0")
+    assert said.startswith("(2, 16) model.fp16.plan was built for")
+
+
+def test_another_release_is_named_with_the_command(
+    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: Path
+) -> None:
+    code = f"""{START}
+try:
+    load(sys.argv[1])
+except EnvironmentLacks as error:
+    print(error)
+"""
+    said = run_on_host_driver(code, doubler(backend_version="10.8.0.43"), PYTHONPATH=str(stand_in))
+    assert "was built with tensorrt 10.8.0.43, and 10.13.2.6 is installed" in said
+    assert "pip install 'tensorrt==10.8.*'" in said
+
+
+def test_a_missing_package_is_named_with_the_command(
+    run_on_host_driver: Run, doubler: Callable[..., Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
+    code = f"""{START}
+try:
+    load(sys.argv[1])
+except EnvironmentLacks as error:
+    print(error)
+"""
+    said = run_on_host_driver(code, doubler(), PYTHONPATH=str(broken))
+    assert "needs tensorrt 10.13.0.35: libnvinfer.so.10: cannot open" in said
+    assert "pip install 'tensorrt==10.13.*'" in said
+
+
+def test_batches_of_any_size_come_back_and_everything_is_freed(
+    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: Path
+) -> None:
+    code = f"""{START}
+session = load(sys.argv[1])
+answers = []
+for rows in (1, 8, 3, 8):
+    given = np.random.default_rng(rows).standard_normal((8, rows)).astype(np.float32).T
+    answers.append((session.run({{"input": given}})["output"], 2 * given))
+assert all(np.array_equal(*pair) for pair in answers), "an answer belongs to the caller: later runs leave it alone"
+print(session.backend, session.device, session.fallback_reason, held())
+session.close()
+print(held())
+"""
+    said = run_on_host_driver(code, doubler(), PYTHONPATH=str(stand_in))
+    assert said.splitlines() == ["tensorrt cuda None 4", "0"]  # context, stream and two buffers; then nothing
+
+
+def test_a_failed_run_is_explained_and_the_next_one_answers(
+    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: Path
+) -> None:
+    code = f"""{START}
+with load(sys.argv[1]) as session:
+    for rows in (9, 6, 5, 4):
+        try:
+            session.run({{"input": np.ones((rows, 8), np.float32)}})
+        except (ArtifactRejected, EnvironmentLacks, FeedError) as error:
+            print(type(error).__name__, error)
+    assert (session.run({{"input": np.ones((2, 8), np.float32)}})["output"] == 2).all()
+print(held())
+"""
+    lines = run_on_host_driver(code, doubler(), PYTHONPATH=str(stand_in)).splitlines()
+    for line, start in zip(
+        lines,
+        [
+            "FeedError input input has batch = 9 on axis 0, and the engine was built for 1 to 8",
+            "FeedError TensorRT refuses input input of shape (6, 8): six is right out",
+            "ArtifactRejected the shape of output output is (-1, 8): it depends on the data",
+            "EnvironmentLacks TensorRT did not run model.plan: it gives no reason",
+            "0",
+        ],
+        strict=True,
+    ):
+        assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "complaint"),
+    [
+        (b"another plan", {}, "EnvironmentLacks tensorrt cannot make an engine of model.plan"),
+        (
+            b"a plan",
+            {"outputs": (TensorSpec("y", "float32", ("batch", 8), {}),)},
+            "ArtifactRejected the plan's outputs",
+        ),
+    ],
+)
+def test_a_plan_that_does_not_load_leaves_nothing_on_the_gpu(
+    run_on_host_driver: Run,
+    doubler: Callable[..., Path],
+    stand_in: Path,
+    content: bytes,
+    changes: dict[str, Any],
+    complaint: str,
+) -> None:
+    code = f"""{START}
+try:
+    load(sys.argv[1])
+except (ArtifactRejected, EnvironmentLacks) as error:
+    print(held(), type(error).__name__, error)
+"""
+    said = run_on_host_driver(code, doubler(content, **changes), PYTHONPATH=str(stand_in))
+    assert said.startswith(f"0 {complaint}")
+    assert "a warning" not in said
+    assert ("magic tag does not match" in said) == (content != b"a plan")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
+def test_a_real_plan_answers_as_onnx_runtime_does(
+    backend: str, model: Path, tmp_path: Path, seal_plan: Callable[..., Path]
+) -> None:
+    trt: Any = pytest.importorskip(backend)
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(model.read_bytes())
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    profile.set_shape("input", (1, 8), (4, 8), (8, 8))
+    config.add_optimization_profile(profile)
+    path = tmp_path / "build" / "model.plan"
+    path.parent.mkdir()
+    path.write_bytes(bytes(builder.build_serialized_network(network, config)))
+    here = probe().gpus[0]
+    seal_plan(
+        path,
+        model,
+        backend=backend,
+        backend_version=trt.__version__,
+        compute_capabilities=(here.compute_capability,),
+        gpu=here.name,
+    )
+    with load(path) as session, load(model, device="cpu") as reference:
+        for rows in (1, 8, 3):
+            feeds = {"input": np.random.default_rng(rows).standard_normal((rows, 8)).astype(np.float32)}
+            # TF32 products: 10 bits of mantissa over sums of 8
+            np.testing.assert_allclose(
+                session.run(feeds)["output"], reference.run(feeds)["output"], rtol=2e-2, atol=2e-2
+            )

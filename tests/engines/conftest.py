@@ -1,0 +1,121 @@
+"""A tiny network as real artifacts: an ONNX file, and a TensorRT-RTX plan of it built ahead of time without a GPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from tnm_pipeline.engines.manifest import Manifest, TensorSpec, sha256_of, write_manifest
+
+IN_FEATURES, OUT_FEATURES = 8, 16
+BUILT_FOR = ("8.0", "8.9")
+
+
+def _write_onnx(path: Path, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((OUT_FEATURES, IN_FEATURES)).astype(np.float32)
+    bias = rng.standard_normal(OUT_FEATURES).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["input", "weight", "bias"], ["sum"], transB=1),
+            helper.make_node("Relu", ["sum"], ["output"]),
+        ],
+        "mlp",
+        [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["batch", IN_FEATURES])],
+        [helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, ["batch", OUT_FEATURES])],
+        [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+    write_manifest(path, _facts(path))
+    return path
+
+
+def _facts(path: Path, **changes: Any) -> Manifest:
+    """The manifest of the ONNX file at `path`, with `changes`."""
+    values: dict[str, Any] = {
+        "artifact": path.name,
+        "sha256": sha256_of(path),
+        "bytes": path.stat().st_size,
+        "backend": "onnxruntime",
+        "backend_version": onnx.__version__,
+        "precision": "fp32",
+        "inputs": (TensorSpec("input", "float32", ("batch", IN_FEATURES), {}),),
+        "outputs": (TensorSpec("output", "float32", ("batch", OUT_FEATURES), {}),),
+        "source_onnx": None,
+        "source_sha256": None,
+        "sparse_weights_flag": None,
+        "compute_capabilities": (),
+        "gpu": None,
+        "driver": None,
+        "sparsity": {"layers": 1, "eligible": 0, "violations": 32, "violations_transposed": 32, "pattern": "2:4"},
+    }
+    return Manifest(**{**values, **changes})
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """An ONNX artifact in its own folder, as a run lays it out."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    return _write_onnx(folder / "model.fp32.onnx", seed=0)
+
+
+@pytest.fixture
+def other_model(tmp_path: Path) -> Path:
+    """Another valid ONNX artifact of the same name, with the same inputs and other weights."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    return _write_onnx(folder / "model.fp32.onnx", seed=1)
+
+
+@pytest.fixture(scope="session")
+def plan_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A real TensorRT-RTX plan of the seed-0 network for `BUILT_FOR`."""
+    trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    source = _write_onnx(tmp_path_factory.mktemp("plan") / "model.fp32.onnx", seed=0)
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(source.read_bytes()), parser.get_error(0).desc()
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = len(BUILT_FOR)
+    for index, capability in enumerate(BUILT_FOR):
+        config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
+    profile = builder.create_optimization_profile()
+    profile.set_shape("input", (1, IN_FEATURES), (4, IN_FEATURES), (8, IN_FEATURES))
+    config.add_optimization_profile(profile)
+    return bytes(builder.build_serialized_network(network, config))
+
+
+@pytest.fixture
+def plan(plan_bytes: bytes, model: Path, tmp_path: Path, seal_plan: Callable[..., Path]) -> Path:
+    """That plan as an artifact whose manifest names `model` as its source."""
+    trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+    path = tmp_path / "build" / "model.fp16.plan"
+    path.parent.mkdir()
+    path.write_bytes(plan_bytes)
+    seal_plan(path, model, backend="tensorrt_rtx", backend_version=trt.__version__)
+    return path
+
+
+@pytest.fixture
+def seal_plan() -> Callable[..., Path]:
+    """`seal_plan(path, source, **changes)` writes the manifest of a plan built from `source`, with `changes`."""
+
+    def seal(path: Path, source: Path, **changes: Any) -> Path:
+        values: dict[str, Any] = {
+            "inputs": (TensorSpec("input", "float32", ("batch", IN_FEATURES), {"batch": (1, 4, 8)}),),
+            "source_onnx": f"../{source.parent.name}/{source.name}",
+            "source_sha256": sha256_of(source),
+            "sparse_weights_flag": True,
+            "compute_capabilities": BUILT_FOR,
+        }
+        return write_manifest(path, _facts(path, **{**values, **changes}))
+
+    return seal

@@ -1,0 +1,78 @@
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tnm_pipeline.engines import FeedError, TensorSpec
+from tnm_pipeline.engines.feeds import check_feeds
+
+SPECS = (
+    TensorSpec("ids", "int64", ("batch", "tokens"), {"batch": (1, 4, 8), "tokens": (2, 4, 16)}),
+    TensorSpec("image", "float32", ("batch", 3), {"batch": (1, 4, 8)}),
+    TensorSpec("scale", "float32", (), {}),
+)
+
+
+def feeds(**changes: Any) -> dict[str, Any]:
+    good = {
+        "scale": np.ones((), np.float32),
+        "image": np.zeros((2, 3), np.float32),
+        "ids": np.zeros((2, 5), np.int64),
+    }
+    return {**good, **changes}
+
+
+def test_good_feeds_pass_uncopied_in_the_order_of_the_manifest() -> None:
+    given = feeds()
+    checked = check_feeds(SPECS, given)
+    assert list(checked) == ["ids", "image", "scale"]
+    assert all(checked[name] is given[name] for name in given)
+    assert checked["scale"].shape == ()
+
+
+def test_a_view_is_made_contiguous_with_the_same_values() -> None:
+    view = np.arange(6, dtype=np.float32).reshape(3, 2).T
+    checked = check_feeds(SPECS, feeds(image=view))["image"]
+    assert checked.flags.c_contiguous
+    np.testing.assert_array_equal(checked, view)
+
+
+def test_missing_and_unexpected_names_come_in_one_message() -> None:
+    given = feeds(img=np.zeros((2, 3), np.float32))
+    del given["image"], given["ids"]
+    with pytest.raises(FeedError, match=r"image: float32 \(batch, 3\)") as caught:
+        check_feeds(SPECS, given)
+    assert "missing inputs ['ids', 'image'], unexpected inputs ['img']" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("image", np.zeros((2, 3)), "input image is float64, the model takes float32: pass image.astype('float32')"),
+        ("image", np.zeros((2, 3), ">f4"), "input image is >f4, the model takes float32"),
+        ("ids", np.zeros((2, 5), np.int32), "pass ids.astype('int64')"),
+        ("image", [[0.0] * 3] * 2, "input image is a list: pass numpy.asarray(image, 'float32')"),
+        ("scale", np.float32(1), "input scale is a float32: pass numpy.asarray(scale, 'float32')"),
+        ("image", np.zeros(3, np.float32), "has 1 dimensions (3,), the model takes 2: (batch, 3)"),
+        ("image", np.zeros((2, 4), np.float32), "has size 4 on axis 1, the model takes 3"),
+        ("image", np.zeros((3, 3), np.float32), "batch is 2 in input ids and 3 in input image (axis 0)"),
+        ("ids", np.zeros((2, 1), np.int64), "has tokens = 1 on axis 1, and the engine was built for 2 to 16"),
+        ("ids", np.zeros((9, 5), np.int64), "has batch = 9 on axis 0, and the engine was built for 1 to 8"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_both_sides(name: str, value: object, complaint: str) -> None:
+    with pytest.raises(FeedError, match=re.escape(complaint)):
+        check_feeds(SPECS, feeds(**{name: value}))
+
+
+def test_range_ends_are_inside() -> None:
+    for batch, tokens in ((1, 2), (8, 16)):
+        check_feeds(SPECS, feeds(ids=np.zeros((batch, tokens), np.int64), image=np.zeros((batch, 3), np.float32)))
+
+
+def test_without_ranges_any_size_goes_but_one_name_has_one_size() -> None:
+    square = (TensorSpec("x", "float32", ("n", "n"), {}),)
+    check_feeds(square, {"x": np.zeros((0, 0), np.float32)})
+    with pytest.raises(FeedError, match="n is 2 in input x and 3 in input x"):
+        check_feeds(square, {"x": np.zeros((2, 3), np.float32)})

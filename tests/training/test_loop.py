@@ -1,0 +1,227 @@
+"""fit(): it learns, it stops, it goes on bit for bit, and it notices divergence."""
+
+import math
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tnm_pipeline.training.loop import (
+    FitConfig,
+    FitResult,
+    Sparsity,
+    TrainingDivergedError,
+    TrainingStoppedError,
+    evaluate,
+    fit,
+)
+from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.recipes import RECIPES, Recipe
+from tnm_pipeline.training.sources import Splits, digits, digits_cnn, digits_mlp
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+# 7 steps an epoch, 28 in all; masks change at 3, 6, 9, ... 18
+CONFIG = FitConfig(epochs=4, batch_size=32, save_every=5)
+DYNAMIC = Sparsity(Pattern(2, 4, transposable=True), Recipe("mine", 3, decay=5e-3, freeze_at=0.7, lr_scale=2.0))
+
+
+def few() -> Splits:
+    data = digits()
+    return Splits(TensorDataset(*data.train[:200]), TensorDataset(*data.test[:100]))
+
+
+def net() -> nn.Module:
+    """With batch norm and dropout: buffers and random numbers must come back too."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(36, 8),
+        nn.Linear(8, 10),
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    result: FitResult
+    weights: dict[str, Tensor]
+
+    def assert_same(self, other: "Outcome") -> None:
+        assert self.weights.keys() == other.weights.keys()
+        assert all(torch.equal(self.weights[name], other.weights[name]) for name in self.weights)
+        assert self.result.masks.keys() == other.result.masks.keys()
+        assert all(torch.equal(mask, other.result.masks[name]) for name, mask in self.result.masks.items())
+        assert self.result.history == other.result.history
+        assert self.result.layers == other.result.layers
+        assert self.result.accuracy == other.result.accuracy
+
+
+def run(sparsity: Sparsity | None, state: Path | None = None, stop_at: int | None = None) -> Outcome:
+    model, steps = net(), [0]
+
+    def on_step(done: int, _: int) -> None:
+        steps[0] = done
+
+    def should_stop() -> bool:
+        return steps[0] == stop_at
+
+    result = fit(model, few(), CONFIG, sparsity=sparsity, state_path=state, on_step=on_step, should_stop=should_stop)
+    return Outcome(result, model.state_dict())
+
+
+@pytest.fixture(scope="module", params=[None, DYNAMIC], ids=["dense", "dynamic"])
+def sparsity(request: pytest.FixtureRequest) -> Sparsity | None:
+    chosen: Sparsity | None = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(sparsity: Sparsity | None) -> Outcome:
+    return run(sparsity)
+
+
+@pytest.mark.parametrize("stop_at", [10, 14, 18, 28], ids=["mid-epoch", "epoch end", "at a refresh", "last step"])
+def test_a_stopped_training_goes_on_bit_for_bit(
+    tmp_path: Path, sparsity: Sparsity | None, uninterrupted: Outcome, stop_at: int
+) -> None:
+    state = tmp_path / "state.safetensors"
+    with pytest.raises(TrainingStoppedError, match=f"stopped after step {stop_at} of 28"):
+        run(sparsity, state, stop_at)
+    torch.manual_seed(12345)  # another process would have other generators
+    run(sparsity, state).assert_same(uninterrupted)
+
+
+def test_stopping_twice_is_no_different(tmp_path: Path, sparsity: Sparsity | None, uninterrupted: Outcome) -> None:
+    state = tmp_path / "state.safetensors"
+    for stop_at in (4, 16):
+        with pytest.raises(TrainingStoppedError):
+            run(sparsity, state, stop_at)
+    run(sparsity, state).assert_same(uninterrupted)
+
+
+def test_saving_changes_nothing(tmp_path: Path, sparsity: Sparsity | None, uninterrupted: Outcome) -> None:
+    run(sparsity, tmp_path / "state.safetensors").assert_same(uninterrupted)
+
+
+def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """The victim kills itself, without a word, between two state files."""
+    state, weights = tmp_path / "state.safetensors", tmp_path / "weights.pt"
+    script = """
+import os, signal, sys, torch
+from pathlib import Path
+from tnm_pipeline.training.loop import FitConfig, Sparsity, fit
+from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.recipes import Recipe
+from tnm_pipeline.training.sources import Splits, digits, digits_mlp
+from torch.utils.data import TensorDataset
+
+state, weights, kill_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+data = digits()
+torch.manual_seed(0)
+model = digits_mlp()
+result = fit(
+    model,
+    Splits(TensorDataset(*data.train[:200]), TensorDataset(*data.test[:100])),
+    FitConfig(epochs=3, batch_size=32, save_every=5),
+    sparsity=Sparsity(Pattern(2, 4, transposable=True), Recipe("mine", 3, decay=5e-3)),
+    state_path=state,
+    on_step=lambda done, _: os.kill(os.getpid(), signal.SIGKILL) if done == kill_at else None,
+)
+torch.save([model.state_dict(), result.masks, vars(result.history)], weights)
+"""
+
+    def train(kill_at: int, state: Path) -> int:
+        return subprocess.run([sys.executable, "-c", script, state, weights, str(kill_at)], check=False).returncode
+
+    assert train(kill_at=13, state=state) == -signal.SIGKILL
+    assert state.exists()
+    assert not weights.exists()
+    assert train(kill_at=-1, state=state) == 0
+    resumed = torch.load(weights)
+    assert train(kill_at=-1, state=tmp_path / "other.safetensors") == 0
+    expected = torch.load(weights)
+    for mine, other in zip(resumed[:2], expected[:2], strict=True):
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    assert resumed[2] == expected[2]
+
+
+def test_equal_seeds_give_equal_weights_and_other_seeds_do_not(
+    uninterrupted: Outcome, sparsity: Sparsity | None
+) -> None:
+    run(sparsity).assert_same(uninterrupted)
+    model = net()
+    fit(model, few(), FitConfig(epochs=4, batch_size=32, seed=1), sparsity=sparsity)
+    assert not torch.equal(model.state_dict()["4.weight"], uninterrupted.weights["4.weight"])
+
+
+def test_curves_and_steps(uninterrupted: Outcome, sparsity: Sparsity | None) -> None:
+    history = uninterrupted.result.history
+    assert [step for step, _ in history.loss] == [step for step, _ in history.accuracy] == [7, 14, 21, 28]
+    assert history.loss[-1][1] < history.loss[0][1]
+    assert [step for step, _ in history.flip_rate] == ([3, 6, 9, 12, 15, 18] if sparsity else [])
+    assert [row.pattern for row in uninterrupted.result.layers] == ([None, "2:4-T", None] if sparsity else [])
+
+
+@pytest.mark.parametrize("build", [digits_mlp, digits_cnn])
+@pytest.mark.parametrize("recipe", [None, "static", "dynamic"])
+def test_digits_are_learned(build: Callable[[], nn.Module], recipe: str | None) -> None:
+    torch.manual_seed(0)
+    model = build()
+    pattern = Pattern(2, 4, transposable=True)
+    result = fit(model, digits(), FitConfig(epochs=5), sparsity=Sparsity(pattern, RECIPES[recipe]) if recipe else None)
+    assert result.accuracy > 0.7  # chance is 0.1
+    assert not model.training
+    assert evaluate(model, digits().test) == result.accuracy
+    assert all(type(module).__module__.startswith("torch.nn") for module in model.modules())
+
+
+class Overflows(nn.Module):
+    """A loss that is finite while its gradient is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.linear(inputs.flatten(1))
+        return (logits - self.linear.bias).abs().sqrt()  # the slope of sqrt at 0 is infinite
+
+
+def test_a_loss_that_becomes_nan_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    data = few()
+    data.train.tensors[0][150] = 3e38  # seen once in every epoch
+    model = digits_mlp()
+    with pytest.raises(TrainingDivergedError, match=r"at step \d+ of 28: lower train.lr \(now 0.1\)"):
+        fit(model, data, FitConfig(epochs=4, batch_size=32, save_every=1, warmup=0.0), state_path=state)
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def test_a_gradient_that_overflows_stops_before_it_reaches_the_weights() -> None:
+    model = Overflows()
+    with pytest.raises(TrainingDivergedError, match="gradient norm nan, at step 1 of 28"):
+        fit(model, few(), CONFIG)
+    assert bool((model.linear.weight == 0).all())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_counts_right_answers_and_puts_the_mode_back(training: bool) -> None:
+    model = nn.Sequential(nn.Dropout(1.0), nn.Flatten(), nn.Linear(3, 3))
+    with torch.no_grad():
+        model[2].weight.copy_(torch.eye(3))
+        model[2].bias.zero_()
+    model.train(training)
+    data = TensorDataset(torch.eye(3).repeat(2, 1), torch.tensor([0, 1, 2, 0, 1, 0]))
+    for batch_size in (1, 4, 1024):
+        assert math.isclose(evaluate(model, data, batch_size), 5 / 6)
+    assert model.training is training
+    assert model[0].training is training
