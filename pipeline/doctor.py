@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from tnm_pipeline.engines.driver import Driver, probe
 
@@ -49,11 +48,12 @@ def diagnose() -> list[Finding]:
 
 
 def show(findings: list[Finding]) -> None:
-    """Print the findings as a table on stdout."""
-    table = Table("", "ability", "found", "to change it", show_lines=True)
+    """Print the findings on stdout; remedies stand on lines of their own, to be copied."""
+    console = Console(soft_wrap=True, highlight=False)
     for finding in findings:
-        table.add_row("yes" if finding.works else "no", finding.ability, finding.detail, finding.remedy)
-    Console().print(table, markup=False)
+        console.print(f"{'yes' if finding.works else 'no ':3}  {finding.ability}: {finding.detail}", markup=False)
+        if finding.remedy:
+            console.print(f"     -> {finding.remedy}", markup=False)
 
 
 def _python() -> Finding:
@@ -69,7 +69,7 @@ def _training(driver: Driver) -> Finding:
     if driver.gpus:
         remedy = "install a CUDA build of torch: pip install --force-reinstall torch"
     else:
-        remedy = f"run on a machine with an NVIDIA GPU ({driver.reason})"
+        remedy = "run on a machine with an NVIDIA GPU"
     return Finding("train on a GPU", False, f"torch {torch.__version__} trains on the CPU here", remedy)
 
 

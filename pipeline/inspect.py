@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -84,12 +84,15 @@ def inspect_file(path: Path, pattern: str | None) -> Facts:
     return _checkpoint_facts(path, asked)
 
 
-def verify_file(path: Path) -> Facts:
+def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
     """Check an artifact as production would: manifest, hash, sparsity recounted, load, run.
 
-    A machine that cannot run a plan is told so in a line; the plan's ONNX file answers instead.
+    Args:
+        path: `.onnx` or `.plan`, with its manifest.
+        fallback: `onnxruntime`: where a plan cannot run, its ONNX file answers and a line says why.
 
     Raises:
+        EnvironmentLacks: the plan cannot run here and no fallback was allowed.
         ArtifactRejected: the artifact, its source or a manifest is not what it should be, or a promised pattern is
             broken.
     """
@@ -105,7 +108,7 @@ def verify_file(path: Path) -> Facts:
         )
     promised = sum(1 for row in rows if row.pattern)
     lines.append(f"0 violating groups in the {promised} layers of {source.name} that promise a pattern")
-    with load(path, fallback="onnxruntime") as session:
+    with load(path, fallback=fallback) as session:
         outputs = session.run({spec.name: _zeros(spec) for spec in session.inputs})
         finite = all(bool(np.isfinite(output).all()) for output in outputs.values())
         lines.append(f"loaded and run by {session.backend}; the outputs are {'finite' if finite else 'NOT finite'}")

@@ -88,7 +88,9 @@ def _next(config: Config, done: dict[str, Done]) -> str:
     folder = config.run.folder
     if "build" in done:
         name = done["build"].result["plans"][0]["file"]
-        return f"tnm-pipeline verify {folder / 'build' / name}"
+        here = done["verify"].result["plan"] if "verify" in done else None
+        option = " --fallback onnxruntime" if here and here["fallback_reason"] else ""
+        return f"tnm-pipeline verify {folder / 'build' / name}{option}"
     if "export" in done:
         return f"tnm-pipeline inspect {folder / 'export' / 'model.fp32.onnx'}"
     made = "convert" if "convert" in done else "train"

@@ -29,11 +29,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import stats  # type: ignore[import-untyped]  # ships without types; a dependency of scikit-learn
+from torch import nn
+
 from tnm_pipeline.training.loop import FitConfig, FitResult, Sparsity, fit
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.recipes import RECIPES
 from tnm_pipeline.training.sources import Splits, load_data, load_model
-from torch import nn
 
 MODELS: dict[str, dict[str, int]] = {"digits-mlp": {"hidden": 20}, "digits-cnn": {"channels": 8}}  # narrow: masks hurt
 Row = dict[str, object]

@@ -168,10 +168,10 @@ def _read_torch(path: Path) -> Checkpoint:
             f"{path} is not a checkpoint that is safe to read: legacy pickle files run code when opened. Save the "
             "state_dict again with torch.save, or better with safetensors.torch.save_file"
         ) from error
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise CheckpointError(f"{path} is a compressed archive; torch never writes those, so it may be a zip bomb")
     if any("/code/" in entry.filename or PurePosixPath(entry.filename).name == "archive_format" for entry in entries):
         raise CheckpointError(f"{path} holds a program (TorchScript or torch.export); save its state_dict instead")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(f"{path} is a compressed archive; torch.save never writes those, so it may be a zip bomb")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, KeyError ... for bad content

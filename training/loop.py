@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, skip_first_batches
@@ -176,7 +176,7 @@ def fit(
             loss = nn.functional.cross_entropy(wrapped(inputs), targets)
             stepper.zero_grad()
             accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_norm)
+            norm = cast(Tensor, accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_norm))
             # The gradient may overflow where the loss does not; a loss scaler skips such steps by itself.
             if not torch.isfinite(loss) or (accelerator.scaler is None and not torch.isfinite(norm)):
                 raise TrainingDivergedError(

@@ -39,7 +39,7 @@ def digits() -> Splits:
     """
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     inputs = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
     targets = torch.from_numpy(bunch.target).long()
     cut = len(inputs) * 3 // 4

@@ -1,6 +1,5 @@
 """The state of a training: everything comes back, bit for bit."""
 
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tnm_pipeline.training.checkpoint import CheckpointError
-from tnm_pipeline.training.state import load_state, save_state
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+
+from tnm_pipeline.training.checkpoint import CheckpointError
+from tnm_pipeline.training.state import load_state, save_state
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd": lambda model: SGD(model.parameters(), lr=0.1),
@@ -74,7 +74,7 @@ def test_saving_disturbs_nothing_and_leaves_one_file(tmp_path: Path) -> None:
         train(model, optimizer, 2)
         results.append(everything(model))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
-    assert os.listdir(tmp_path) == ["state.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
 
 
 def test_a_file_that_is_no_state_is_refused_before_anything_changes(tmp_path: Path) -> None:

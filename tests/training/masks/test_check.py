@@ -10,7 +10,7 @@ from tnm_pipeline.training.pattern import Pattern
 
 
 def by_loops(weight: Tensor, pattern: Pattern) -> Violations:
-    """Groups lie along input channels (or, transposed, output channels) of one kernel position; M divides I if K > 1."""
+    """Groups lie along input channels (or, transposed, output channels) of one kernel position."""
     positions = weight.reshape(*weight.shape[:2], -1)
     outputs, inputs, kernel = positions.shape
     forward = transposed = 0

@@ -10,9 +10,7 @@ from tnm_pipeline.training.pattern import Pattern
 
 def enumerate_transposable(n: int, m: int) -> int:
     rows = [[int(j in chosen) for j in range(m)] for chosen in combinations(range(m), n)]
-    return sum(
-        all(sum(column) == n for column in zip(*mask, strict=True)) for mask in product(rows, repeat=m)
-    )
+    return sum(all(sum(column) == n for column in zip(*mask, strict=True)) for mask in product(rows, repeat=m))
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 3), (2, 3), (1, 4), (2, 4), (3, 4)])

@@ -67,18 +67,14 @@ def test_exact_2_4_finds_each_of_the_ninety_when_it_is_the_only_best() -> None:
 
 def test_exact_2_4_equals_min_cost_flow() -> None:
     blocks = hard_blocks()[::8]
-    torch.testing.assert_close(
-        kept(blocks, solve_2_4(blocks)), kept(blocks, solve_flow(blocks, 2)), rtol=3e-7, atol=0
-    )
+    torch.testing.assert_close(kept(blocks, solve_2_4(blocks)), kept(blocks, solve_flow(blocks, 2)), rtol=3e-7, atol=0)
 
 
 @pytest.mark.slow
 def test_exact_2_4_equals_min_cost_flow_on_every_hard_block() -> None:
     blocks = hard_blocks()
     assert len(blocks) > 1000
-    torch.testing.assert_close(
-        kept(blocks, solve_2_4(blocks)), kept(blocks, solve_flow(blocks, 2)), rtol=3e-7, atol=0
-    )
+    torch.testing.assert_close(kept(blocks, solve_2_4(blocks)), kept(blocks, solve_flow(blocks, 2)), rtol=3e-7, atol=0)
 
 
 @settings(max_examples=200, deadline=None)
@@ -120,9 +116,7 @@ def test_flow_and_greedy_hold_any_pattern(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["2:4", "2:4-T"])
-@pytest.mark.parametrize(
-    "shape", [(8, 8), (7, 9), (1, 1), (3, 64), (64, 2), (8, 8, 3, 3), (5, 6, 1, 3), (0, 4)]
-)
+@pytest.mark.parametrize("shape", [(8, 8), (7, 9), (1, 1), (3, 64), (64, 2), (8, 8, 3, 3), (5, 6, 1, 3), (0, 4)])
 def test_the_mask_holds_the_pattern_for_any_shape(text: str, shape: tuple[int, ...]) -> None:
     pattern = Pattern.parse(text)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))

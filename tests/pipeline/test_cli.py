@@ -1,0 +1,224 @@
+"""What a user meets: messages, exit codes, and that bad input leaves nothing behind."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.pipeline.conftest import Ended, call
+from tnm_pipeline.training.sources import digits_cnn
+
+Tnm = Callable[..., Ended]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--help",), 0, ""),
+        (("--version",), 0, ""),
+        (("run", "--config", "small.toml", "--set", "train.epoch=3"), 2, "did you mean epochs"),
+        (("run", "--config", "small.toml", "--set", "nonsense.key=3"), 2, "unknown key nonsense"),
+        (("run", "--config", "small.toml", "--set", "sparsity.pattern=5:4"), 2, "pattern 5:4 is impossible"),
+        (("run", "--config", "small.toml", "--pattern", "2-4"), 2, "write N:M"),
+        (("run", "--config", "small.toml", "--set", "train.lr=nan"), 2, "train.lr"),
+        (("run", "--config", "small.toml", "--set", "train.lr"), 2, "section.key=value"),
+        (("run", "--config", "absent.toml"), 2, "does not exist"),
+        (("run",), 2, "which model?"),
+        (("train", "--model", "digits-cnn"), 2, "which data?"),
+        (("run", "--config", "small.toml", "--model", "nothing"), 3, "digits-cnn"),
+        (("run", "--config", "small.toml", "--model", "absent_module:function"), 3, "absent_module"),
+        (("run", "--config", "small.toml", "--set", "sparsity.include=['nope*']"), 3, "not included by nope"),
+        (("convert", "absent.safetensors", "--config", "small.toml"), 3, "does not exist"),
+        (("inspect", "absent.onnx"), 3, "does not exist"),
+        (("verify", "absent.plan"), 3, "absent.plan"),
+        (("frobnicate",), 2, "No such command"),
+    ],
+)
+def test_exit_codes_and_messages(tnm: Tnm, arguments: tuple[str, ...], code: int, said: str) -> None:
+    ended = tnm(*arguments)
+    assert ended.code == code, ended.err
+    assert said in " ".join(ended.err.split())
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("content", ["[run", "[run]\nseed = 1\nseed = 2", "\x00", "[train]\nepochs = 'three'"])
+def test_malformed_config(tnm: Tnm, tmp_path: Path, content: str) -> None:
+    (tmp_path / "bad.toml").write_text(content, encoding="utf-8")
+    ended = tnm("run", "--config", "bad.toml")
+    assert ended.code == 2
+    assert "bad.toml" in ended.err
+
+
+def test_a_folder_that_is_a_file(tnm: Tnm, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine", encoding="utf-8")
+    ended = tnm("run", "--config", "small.toml", "--folder", "taken")
+    assert ended.code == 2
+    assert "--folder" in ended.err
+    assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
+
+
+def test_nan_weights_are_refused_by_name(tnm: Tnm, tmp_path: Path) -> None:
+    state = digits_cnn(4).state_dict()
+    state["3.weight"][0, 0, 0, 0] = float("nan")
+    save_file(state, tmp_path / "bad.safetensors")
+    ended = tnm("convert", "bad.safetensors", "--config", "small.toml")
+    assert ended.code == 3
+    assert "3.weight" in ended.err
+    assert not (tmp_path / "run/convert").exists()
+
+
+class Dropper:
+    """Unpickling this writes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_pickle_with_code_is_refused_and_not_run(tnm: Tnm, tmp_path: Path, legacy: bool) -> None:
+    target = tmp_path / "dropped"
+    if legacy:
+        (tmp_path / "bad.pt").write_bytes(pickle.dumps({"weight": Dropper(target)}))
+    else:
+        torch.save({"weight": Dropper(target)}, tmp_path / "bad.pt")
+    ended = tnm("convert", "bad.pt", "--config", "small.toml")
+    assert ended.code == 3, ended.err
+    assert "state_dict" in ended.err
+    assert not target.exists()
+
+
+def test_a_checkpoint_of_another_model(tnm: Tnm, tmp_path: Path) -> None:
+    save_file(digits_cnn(8).state_dict(), tmp_path / "wide.safetensors")
+    ended = tnm("convert", "wide.safetensors", "--config", "small.toml")
+    assert ended.code == 3
+    assert "has shape" in ended.err
+
+
+def test_convert_then_export_without_a_config(small_run: Path, tmp_path: Path) -> None:
+    """The two commands of the README: everything else is in the checkpoint's own record."""
+    shutil.copy(small_run / "run/dense/model.safetensors", tmp_path / "dense.safetensors")
+    ended = call(tmp_path, "convert", "dense.safetensors", "--pattern", "2:4", "--folder", "out", "--json")
+    assert ended.code == 0, ended.err
+    checkpoint = tmp_path / "out/convert/model.safetensors"
+    weight = load_file(checkpoint)["3.weight"].permute(0, 2, 3, 1).reshape(-1, 4)
+    assert int((weight != 0).sum(1).max()) <= 2
+    ended = call(tmp_path, "export", "out/convert/model.safetensors", "--folder", "out2", "--json")
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "out2/export/model.fp16.onnx").exists()
+    assert not (tmp_path / "out2/build").exists()
+
+
+def test_a_source_that_only_the_checkpoint_names_is_not_imported(small_run: Path, tmp_path: Path) -> None:
+    from tnm_pipeline.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+
+    good = read_checkpoint(small_run / "run/dense/model.safetensors")
+    evil = {**good.record, "model": {"source": "evil:model", "args": {}}}
+    save_checkpoint(tmp_path / "evil.safetensors", Checkpoint(good.tensors, good.masks, evil))
+    (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\n", encoding="utf-8")
+    ended = call(tmp_path, "convert", "evil.safetensors")
+    assert ended.code == 2
+    assert "--trust-source" in ended.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_and_data_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def model(width):\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.ReLU(), torch.nn.Linear(width, 3))\n",
+        encoding="utf-8",
+    )
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(120, 8)).astype(np.float32)
+    y = x[:, :3].argmax(1)
+    np.savez(tmp_path / "data.npz", x_train=x[:90], y_train=y[:90], x_test=x[90:], y_test=y[90:])
+    ended = call(
+        tmp_path,
+        *("train", "--model", "mine:model", "--data", "data.npz", "--folder", "out", "--json"),
+        *("--set", "model.args={width=16}", "--set", "train.epochs=3"),
+    )
+    assert ended.code == 0, ended.err
+    assert ended.json()["stages"]["train"]["result"]["layers"][0]["violations"] == 0
+
+
+def test_inspect_counts_what_is_in_the_file(small_run: Path) -> None:
+    for name in ("train/model.safetensors", "export/model.fp16.onnx"):
+        rows = call(small_run, "inspect", f"run/{name}", "--json").json()["rows"]
+        sparse = [row for row in rows if row["pattern"]]
+        assert len(sparse) == 3
+        assert all(row["violations"] == row["violations_transposed"] == 0 for row in sparse)
+        assert all(0.3 < row["density"] <= 0.5 for row in sparse)
+    rows = call(small_run, "inspect", "run/dense/model.safetensors", "--pattern", "2:4", "--json").json()["rows"]
+    assert all(row["violations"] > 0 for row in rows if row["shape"][1] >= 4)
+
+
+def test_a_plan_without_a_gpu(small_run: Path) -> None:
+    from tnm_pipeline.engines.driver import probe
+
+    if probe().gpus:
+        pytest.skip("this machine has a GPU")
+    plan = "run/build/model.fp16.plan"
+    refused = call(small_run, "verify", plan)
+    assert refused.code == 4
+    assert "onnxruntime" in refused.err
+    answered = call(small_run, "verify", plan, "--fallback", "onnxruntime")
+    assert answered.code == 0, answered.err
+    assert "needs a GPU" in answered.out
+
+
+@pytest.mark.parametrize("where", [0, 100, -1])
+def test_one_flipped_byte_in_a_plan(small_run: Path, tmp_path: Path, where: int) -> None:
+    shutil.copytree(small_run / "run", tmp_path / "run")
+    plan = tmp_path / "run/build/model.fp16.plan"
+    content = bytearray(plan.read_bytes())
+    content[where] ^= 1
+    plan.write_bytes(content)
+    ended = call(tmp_path, "verify", "run/build/model.fp16.plan", "--fallback", "onnxruntime")
+    assert ended.code == 3
+    assert "sha256" in ended.err
+
+
+def test_an_accuracy_gate_that_fails(small_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_run, tmp_path / "copy")
+    dense = tmp_path / "dense.safetensors"
+    shutil.copy(small_run / "run/dense/model.safetensors", dense)
+    ended = call(
+        tmp_path / "copy",
+        *("run", "--config", "small.toml", "--set", "run.routes=['convert']", "--set", "verify.max_drop=0"),
+        *("--set", "convert.method=magnitude", "--pattern", "1:4-T", "--set", "trt.enabled=false"),
+    )
+    assert ended.code == 5, ended.err
+    assert "points below dense" in ended.err
+
+
+def test_doctor_names_a_remedy_for_everything_that_does_not_work(tnm: Tnm) -> None:
+    ended = tnm("doctor", "--json")
+    assert ended.code == 0, ended.err
+    findings = ended.json()
+    assert len(findings) >= 6
+    assert all(finding["works"] or finding["remedy"] for finding in findings)
+    assert json.dumps(findings) != tnm("doctor").out
+
+
+def test_three_lines_of_python_without_torch(small_run: Path) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, numpy as np\n"
+        "from tnm_pipeline.engines import load\n"
+        "with load('run/build/model.fp16.plan', fallback='onnxruntime') as session:\n"
+        "    answer = session.run({'input': np.zeros((3, 1, 8, 8), np.float32)})\n"
+        "print(answer['output'].shape, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=small_run, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] in ("(3, 10) False",)
