@@ -143,7 +143,7 @@ def chromium(program: str) -> Iterator[Page]:
 
 def check(page: Page, report: Path, width: int, scheme: str, picture: Path | None) -> list[str]:
     """Open the report at one width and colour scheme; returns what is wrong with it, in words."""
-    page.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+    page.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     url = report.resolve().as_uri()
     page.open(url)

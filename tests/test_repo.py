@@ -133,3 +133,11 @@ def test_importing_the_command_line_stays_light() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "pydantic", "plotly", "sklearn"}
     assert not heavy & set(done.stdout.split())
+
+
+def test_the_guide_shows_the_defaults() -> None:
+    from tnm_pipeline.pipeline.config import Config
+
+    block = re.search(r"```toml\n(.*?)```", (ROOT / "docs/guide.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert block is not None
+    assert Config.model_validate(tomllib.loads(block[1])) == Config()

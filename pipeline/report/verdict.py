@@ -20,20 +20,20 @@ def verdict(run: Run) -> str:
 
 def remarks(run: Run) -> Iterator[str]:
     """Whole sentences about what the verdict does not prove, most serious first."""
-    stale = [stage.name for stage in run.stages if stage.state == "outdated"]
-    if stale:
-        yield (
-            f"Outdated: {', '.join(stale)}. These results were made with other settings, inputs or code than "
-            "config.toml and this version would use; the command at the end of this page makes them again."
-        )
-    if run.state("verify") == "did not finish":
-        yield _unfinished(run)
     for layer in run.layers:
         if layer.holds is False:
             yield (
                 f"Layer {layer.name} should hold {layer.pattern}, but {_groups(layer.violations)} of W and "
                 f"{_groups(layer.violations_transposed)} of its transpose break it. Do not deploy this file."
             )
+    if run.state("verify") == "did not finish":
+        yield _unfinished(run)
+    stale = [stage.name for stage in run.stages if stage.state == "outdated"]
+    if stale:
+        yield (
+            f"Outdated: {', '.join(stale)}. These results were made with other settings, inputs or code than "
+            "config.toml and this version would use; the command at the end of this page makes them again."
+        )
     if run.results.get("build", {}).get("identical"):
         yield (
             "The sparse plan and its dense twin are byte-identical: this builder's plans do not differ with the flag, "
