@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.recipes import Recipe
 from tnm_pipeline.training.selection import Selection
-from tnm_pipeline.training.sources import Splits
+from tnm_pipeline.training.sources import SourceError, Splits
 from tnm_pipeline.training.sparsify import LayerReport, Sparsifier
 from tnm_pipeline.training.state import load_state, save_state
 
@@ -124,88 +124,26 @@ def fit(
         The result; the model ends in eval mode.
 
     Raises:
+        SourceError: the model cannot take the data, or has fewer outputs than there are classes.
         TrainingDivergedError: NaN or infinite loss or gradient; the last good state stays on disk.
         TrainingStoppedError: `should_stop` said so; the state is on disk.
     """
-    set_seed(config.seed)
-    accelerator = Accelerator()
-    shuffle = _Shuffle(len(data.train), config.seed)
-    # Its own generator, because each start of an iteration draws from it: a resumed run starts one more.
-    loader = DataLoader(data.train, config.batch_size, sampler=shuffle, generator=torch.Generator())
-    steps = len(loader) * config.epochs
-    scale = sparsity.recipe.lr_scale if sparsity else 1.0
-    optimizer = _sgd(model, config, config.lr * scale)
-    sparsifier = None
-    if sparsity:
-        sparsifier = Sparsifier(
-            model,
-            optimizer,
-            sparsity.pattern,
-            sparsity.recipe,
-            selection=sparsity.selection,
-            total_steps=steps,
-        )
-    schedule = LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps, config.warmup))
-    history = History()
-    done, loss_sum = 0, 0.0
+    _check_match(model, data)
+    training = _Training(model, data, config, sparsity)
     if state_path and state_path.exists():
-        progress = load_state(state_path, model, optimizer)
-        done, loss_sum = progress["step"], progress["loss_sum"]
-        curves = progress["history"].items()
-        history = History(**{curve: [(step, value) for step, value in points] for curve, points in curves})
-        schedule.load_state_dict(progress["schedule"])
-        if sparsifier:
-            sparsifier.load_state_dict(progress["sparsifier"])
-
-    def save() -> None:
-        if state_path and accelerator.is_main_process:
-            progress = {
-                "step": done,
-                "loss_sum": loss_sum,
-                "history": vars(history),
-                "schedule": schedule.state_dict(),
-                "sparsifier": sparsifier.state_dict() if sparsifier else None,
-            }
-            save_state(state_path, accelerator.unwrap_model(model), optimizer, progress)
-
-    wrapped, stepper, batches = accelerator.prepare(model, optimizer, loader)
-    while done < steps:
-        shuffle.epoch, behind = divmod(done, len(loader))
-        for inputs, targets in skip_first_batches(batches, behind) if behind else batches:
-            wrapped.train()
-            loss = nn.functional.cross_entropy(wrapped(inputs), targets)
-            stepper.zero_grad()
-            accelerator.backward(loss)
-            norm = cast(Tensor, accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_norm))
-            # The gradient may overflow where the loss does not; a loss scaler skips such steps by itself.
-            if not torch.isfinite(loss) or (accelerator.scaler is None and not torch.isfinite(norm)):
-                raise TrainingDivergedError(
-                    f"the loss became {loss.item()}, the gradient norm {norm.item()}, at step {done + 1} of {steps}: "
-                    f"lower train.lr (now {config.lr * scale:g}) or raise train.warmup; the last good state was kept"
-                )
-            stepper.step()
-            schedule.step()
-            done += 1
-            loss_sum += float(loss.detach())
-            if done % len(loader) == 0:
-                history.loss.append((done, loss_sum / len(loader)))
-                history.accuracy.append((done, evaluate(model, data.test)))
-                loss_sum = 0.0
-            if on_step:
-                on_step(done, steps)
-            if should_stop and should_stop():
-                save()
-                raise TrainingStoppedError(f"stopped after step {done} of {steps}; the same command goes on from there")
-            if done % config.save_every == 0:
-                save()
-
-    layers: list[LayerReport] = []
-    masks: dict[str, Tensor] = {}
-    if sparsifier:
-        history.flip_rate = sparsifier.flip_rates
-        layers, masks = sparsifier.finalize()
-    model.eval()
-    return FitResult(evaluate(model, data.test), history, layers, masks)
+        training.restore(state_path)
+    for inputs, targets in training.batches():
+        training.step(inputs, targets)
+        if on_step:
+            on_step(training.done, training.steps)
+        stopping = should_stop is not None and should_stop()
+        if state_path and (stopping or training.done % config.save_every == 0):
+            training.save(state_path)
+        if stopping:
+            raise TrainingStoppedError(
+                f"stopped after step {training.done} of {training.steps}; the same command goes on from there"
+            )
+    return training.finish()
 
 
 @torch.no_grad()
@@ -228,6 +166,100 @@ def evaluate(model: nn.Module, data: TensorDataset, batch_size: int = 1024) -> f
     return correct / len(data)
 
 
+class _Training:
+    """A training under way: everything that `fit` needs to step, save, restore and finish."""
+
+    def __init__(self, model: nn.Module, data: Splits, config: FitConfig, sparsity: Sparsity | None) -> None:
+        set_seed(config.seed)
+        self.model, self.data, self.config = model, data, config
+        self.accelerator = Accelerator()
+        self.shuffle = _Shuffle(len(data.train), config.seed)
+        # Its own generator, because each start of an iteration draws from it: a resumed run starts one more.
+        loader = DataLoader(
+            data.train,
+            config.batch_size,
+            sampler=self.shuffle,
+            generator=torch.Generator(),
+            drop_last=len(data.train) % config.batch_size == 1 < config.batch_size,  # batch norm cannot train on one
+        )
+        self.epoch_steps = len(loader)
+        self.steps = self.epoch_steps * config.epochs
+        self.lr = config.lr * (sparsity.recipe.lr_scale if sparsity else 1.0)
+        self.optimizer = _sgd(model, config, self.lr)
+        self.sparsifier = None
+        if sparsity:
+            pattern, recipe, selection = sparsity.pattern, sparsity.recipe, sparsity.selection
+            self.sparsifier = Sparsifier(
+                model, self.optimizer, pattern, recipe, selection=selection, total_steps=self.steps
+            )
+        self.schedule = LambdaLR(self.optimizer, lambda step: _warmup_cosine(step, self.steps, config.warmup))
+        self.wrapped, self.stepper, self.loader = self.accelerator.prepare(model, self.optimizer, loader)
+        self.history = History()
+        self.done = 0
+        self.loss_sum = 0.0
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All batches that are left, in the order that the seed and the epoch give."""
+        while self.done < self.steps:
+            self.shuffle.epoch, behind = divmod(self.done, self.epoch_steps)
+            yield from skip_first_batches(self.loader, behind) if behind else self.loader
+
+    def step(self, inputs: Tensor, targets: Tensor) -> None:
+        """One optimizer step; at the end of an epoch the curves grow."""
+        self.wrapped.train()
+        loss = nn.functional.cross_entropy(self.wrapped(inputs), targets)
+        self.stepper.zero_grad()
+        self.accelerator.backward(loss)
+        norm = cast(Tensor, self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm))
+        # The gradient may overflow where the loss does not; a loss scaler skips such steps by itself.
+        if not torch.isfinite(loss) or (self.accelerator.scaler is None and not torch.isfinite(norm)):
+            raise TrainingDivergedError(
+                f"the loss became {loss.item()}, the gradient norm {norm.item()}, at step {self.done + 1} of "
+                f"{self.steps}: lower train.lr (now {self.lr:g}) or raise train.warmup; the last good state was kept"
+            )
+        self.stepper.step()
+        self.schedule.step()
+        self.done += 1
+        self.loss_sum += float(loss.detach())
+        if self.done % self.epoch_steps == 0:
+            self.history.loss.append((self.done, self.loss_sum / self.epoch_steps))
+            self.history.accuracy.append((self.done, evaluate(self.model, self.data.test)))
+            self.loss_sum = 0.0
+
+    def save(self, path: Path) -> None:
+        """Write the state file, on the main process alone."""
+        if not self.accelerator.is_main_process:
+            return
+        progress = {
+            "step": self.done,
+            "loss_sum": self.loss_sum,
+            "history": vars(self.history),
+            "schedule": self.schedule.state_dict(),
+            "sparsifier": self.sparsifier.state_dict() if self.sparsifier else None,
+        }
+        save_state(path, self.model, self.optimizer, progress)
+
+    def restore(self, path: Path) -> None:
+        """Go back to where `save` was called."""
+        progress = load_state(path, self.model, self.optimizer)
+        self.done, self.loss_sum = progress["step"], progress["loss_sum"]
+        curves = progress["history"].items()
+        self.history = History(**{curve: [(step, value) for step, value in points] for curve, points in curves})
+        self.schedule.load_state_dict(progress["schedule"])
+        if self.sparsifier:
+            self.sparsifier.load_state_dict(progress["sparsifier"])
+
+    def finish(self) -> FitResult:
+        """Write the zeros and score what is left."""
+        layers: list[LayerReport] = []
+        masks: dict[str, Tensor] = {}
+        if self.sparsifier:
+            self.history.flip_rate = self.sparsifier.flip_rates
+            layers, masks = self.sparsifier.finalize()
+        self.model.eval()
+        return FitResult(evaluate(self.model, self.data.test), self.history, layers, masks)
+
+
 class _Shuffle(Sampler[int]):
     """A new order each epoch that depends on the seed and the epoch alone: a resumed run sees the same."""
 
@@ -240,6 +272,27 @@ class _Shuffle(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         yield from torch.randperm(self.size, generator=generator).tolist()
+
+
+def _check_match(model: nn.Module, data: Splits) -> None:
+    """Refuse data that the model cannot take, before any time is spent."""
+    sample = data.train.tensors[0][:2].to(next(model.parameters()).device)
+    training = model.training
+    try:
+        with torch.no_grad():
+            outputs = model.eval()(sample)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise SourceError(
+            f"the model does not take the data's inputs of shape {tuple(sample.shape)}: {error}"
+        ) from error
+    finally:
+        model.train(training)
+    classes = 1 + max(int(split.tensors[1].max()) for split in (data.train, data.test))
+    if outputs.dim() != 2 or outputs.shape[1] < classes:
+        raise SourceError(
+            f"the data has {classes} classes, the model gives {tuple(outputs.shape)} for two inputs: "
+            f"it must give (2, {classes}) or more classes"
+        )
 
 
 def _sgd(model: nn.Module, config: FitConfig, lr: float) -> Optimizer:

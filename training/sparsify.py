@@ -159,8 +159,11 @@ class Sparsifier:
             A row for every prunable layer, chosen or skipped, and the masks by layer name.
 
         Raises:
+            RuntimeError: called a second time.
             AssertionError: a weight breaks its pattern after its zeros were written (a bug).
         """
+        if not self._layers:
+            raise RuntimeError("finalize() was called before: the model is plain and its zeros are written")
         for hook in self._hooks:
             hook.remove()
         kept = {name: kept_magnitude(layer.weight, layer.mask) for name, layer in self._layers.items()}
