@@ -30,9 +30,9 @@ def locked(folder: Path) -> Iterator[None]:
         RunLocked: another process holds it; names its pid and host.
         ConfigError: the folder cannot be made or written.
     """
+    owner = folder / ".owner"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        owner = folder / ".owner"
         with FileLock(folder / ".lock", timeout=0):
             owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
             yield

@@ -222,12 +222,10 @@ def _config_of(folder: Path | None, checkpoint: Path | None) -> Path | None:
 def _run(config: "Config", targets: set[str] | None, as_json: bool) -> None:
     from rich.console import Console
 
-    from tnm_pipeline.pipeline.report import render
     from tnm_pipeline.pipeline.run import execute
     from tnm_pipeline.pipeline.summary import show, to_json
 
     done: dict[str, Done] = execute(config, targets, console=Console(stderr=True))
-    render(config.run.folder)
     if as_json:
         _print_json(to_json(config, done))
     else:

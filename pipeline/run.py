@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tnm_pipeline.pipeline.cache import StageCache, locked
 from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.errors import Stopped
+from tnm_pipeline.pipeline.gates import refusal
+from tnm_pipeline.pipeline.report import render
 from tnm_pipeline.pipeline.stages import RESULT, Context, Stage, needed_for, stages_of
 from tnm_pipeline.training.atomic import write_atomically
 
@@ -48,6 +50,7 @@ def execute(config: Config, targets: set[str] | None = None, *, console: Console
 
     Raises:
         RunLocked: another process works in the folder.
+        AccuracyGateFailed, LatencyGateFailed: verified, and not good enough; every result is on disk.
         Stopped: Ctrl-C; everything done is on disk.
         Exception: whatever a stage raises; earlier stages stay done.
     """
@@ -56,8 +59,14 @@ def execute(config: Config, targets: set[str] | None = None, *, console: Console
         write_atomically(folder / "config.toml", config.to_toml().encode())
         stages = stages_of(config, folder)
         wanted = needed_for(stages, folder, targets if targets is not None else set(stages))
-        with _progress(console) as progress:
-            return _execute(config, wanted, StageCache(folder), progress, should_stop)
+        try:
+            with _progress(console) as progress:
+                done = _execute(config, wanted, StageCache(folder), progress, should_stop)
+        finally:
+            render(folder)  # also of a run that failed: it says how far it came
+        if "verify" in done and (refused := refusal(config.verify, done["verify"].result)):
+            raise refused
+        return done
 
 
 def _execute(

@@ -110,7 +110,8 @@ def stages_of(config: Config, folder: Path) -> dict[str, Stage]:
         built = add("build", "build TensorRT plans", "deliver:build", {"trt": sections["trt"]}, source)
         stem = f"model.{config.trt.precision}"
         plans = {"plan": built / f"{stem}.plan", "dense plan": built / f"{stem}.dense.plan"}
-    settings = {**common, "verify": sections["verify"]}
+    measuring = {key: value for key, value in sections["verify"].items() if key.startswith("latency")}
+    settings = {**common, "verify": measuring}
     add("verify", "verify", "deliver:verify", settings, {**checkpoints, **graphs, **plans})
     return stages
 

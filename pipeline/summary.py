@@ -14,7 +14,7 @@ _ROUTES = {
     "train": "trained sparse",
     "convert": "converted from dense",
     "prune": "pruned, unstructured",
-    "convert-unstructured": "converted from the pruned one",
+    "convert-unstructured": "pruned, then converted",
     "best": "given sparse checkpoint",
 }
 
@@ -63,7 +63,7 @@ def _show_verification(console: Console, result: dict[str, Any]) -> None:
     )
     for runtime, table in result["latency"].items():
         if "not_measured" in table:
-            console.print(f"latency on {runtime}: not measured: {table['not_measured']}", markup=False)
+            console.print(f"latency on {runtime}: not measured, it cannot run here")
             continue
         row = next(row for row in table["rows"] if row["name"] == "sparse")
         spread = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
@@ -71,10 +71,9 @@ def _show_verification(console: Console, result: dict[str, Any]) -> None:
             f"latency on {runtime}, batch {table['batch']}: {row['median_us']:.0f} us, "
             f"{row['ratio']:.2f} of dense ({spread})"
         )
-    if result["plan"] and result["plan"]["fallback_reason"]:
-        console.print(
-            f"the plan was answered by {result['plan']['backend']}: {result['plan']['fallback_reason']}", markup=False
-        )
+    plan = result["plan"]
+    if plan and plan["fallback_reason"]:
+        console.print(f"the plan was answered by {plan['backend']}: {plan['fallback_reason']}", markup=False)
 
 
 def _built(plan: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """fit(): the training loop, on Hugging Face Accelerate. Dense and sparse go the same way."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -202,7 +202,8 @@ class _Training:
         """All batches that are left, in the order that the seed and the epoch give."""
         while self.done < self.steps:
             self.shuffle.epoch, behind = divmod(self.done, self.epoch_steps)
-            yield from skip_first_batches(self.loader, behind) if behind else self.loader
+            left = skip_first_batches(self.loader, behind) if behind else self.loader
+            yield from cast(Iterable[tuple[Tensor, Tensor]], left)
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         """One optimizer step; at the end of an epoch the curves grow."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tnm_pipeline.pipeline.gates import refusal
 from tnm_pipeline.pipeline.report.data import Run
 from tnm_pipeline.pipeline.report.layers import LayerRow
 from tnm_pipeline.training.pattern import Pattern
@@ -27,7 +28,12 @@ def remarks(run: Run) -> Iterator[str]:
                 f"{_groups(layer.violations_transposed)} of its transpose break it. Do not deploy this file."
             )
     if run.state("verify") == "did not finish":
-        yield _unfinished(run)
+        yield (
+            "Verification started and did not finish, so nothing below says that the artifacts compute what the "
+            "checkpoint computes. The command at the end of this page says why."
+        )
+    if "verify" in run.results and (refused := refusal(run.config.verify, dict(run.results["verify"]))):
+        yield f"Refused: {refused}."
     stale = [stage.name for stage in run.stages if stage.state == "outdated"]
     if stale:
         yield (
@@ -153,21 +159,6 @@ def _native(table: Mapping[str, Any]) -> str:
     if row["ratio_low"] > 1:
         return f"with {where} the sparse plan is slower: {spread}, batch {table['batch']}: deploy the dense twin"
     return f"with {where} sparsity is not worth it: {spread}, batch {table['batch']}, shows no difference"
-
-
-def _unfinished(run: Run) -> str:
-    sparse, dense = run.sparse_accuracy, run.dense_accuracy
-    allowed = run.config.verify.max_drop
-    if sparse is not None and dense is not None and 100 * (dense - sparse) > allowed:
-        return (
-            f"Verification refused this model: {sparse:.2%} is {100 * (dense - sparse):.2f} points below dense and "
-            f"verify.max_drop allows {allowed:g}. Train longer, keep sensitive layers dense with sparsity.exclude, or "
-            "raise verify.max_drop."
-        )
-    return (
-        "Verification started and did not finish, so nothing below says that the artifacts compute what the "
-        "checkpoint computes. The command at the end of this page says why."
-    )
 
 
 def _tactics(run: Run) -> Iterator[str]:

@@ -237,8 +237,14 @@ def test_a_verification_that_failed_says_so(folder: Path) -> None:
     _edit(folder, "best", lambda result: result.update(accuracy=0.9))
     run = read_run(folder)
     assert verdict(run).startswith("2:4-T fell to 90.0% from 94.2% dense (-4.2 points; at most -2 was allowed)")
-    assert "Verification refused this model" in next(remarks(run))
     assert "the stage verify started and did not finish" in Page(render(folder)).words
+
+
+def test_a_gate_that_refuses_is_named_first(folder: Path) -> None:
+    _edit(folder, "verify", lambda result: result["accuracy"].update({"onnx fp32": 0.9}))
+    run = read_run(folder)
+    assert next(remarks(run)).startswith("Refused: the sparse model is 4.22 points below dense")
+    assert "raise verify.max_drop" in Page(render(folder)).words
 
 
 def test_results_of_other_code_are_outdated(folder: Path) -> None:
