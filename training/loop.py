@@ -35,7 +35,7 @@ class FitConfig:
     """How to train.
 
     Attributes:
-        epochs: passes over the training set.
+        epochs: passes over the training set, each without the samples that do not fill a last batch.
         batch_size: samples in a step, over all processes.
         lr: peak learning rate of dense training; a recipe scales it.
         momentum: of SGD (Nesterov).
@@ -180,7 +180,8 @@ class _Training:
             config.batch_size,
             sampler=self.shuffle,
             generator=torch.Generator(),
-            drop_last=len(data.train) % config.batch_size == 1 < config.batch_size,  # batch norm cannot train on one
+            # A ragged last batch would give batch norm a few samples to average over; the next epoch shuffles anew.
+            drop_last=len(data.train) >= config.batch_size,
         )
         self.epoch_steps = len(loader)
         self.steps = self.epoch_steps * config.epochs
