@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -172,7 +172,8 @@ class _Training:
     def __init__(self, model: nn.Module, data: Splits, config: FitConfig, sparsity: Sparsity | None) -> None:
         set_seed(config.seed)
         self.model, self.data, self.config = model, data, config
-        self.accelerator = Accelerator()
+        # Every process takes its share of each batch, so that batch_size means the same for any number of them.
+        self.accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
         self.shuffle = _Shuffle(len(data.train), config.seed)
         # Its own generator, because each start of an iteration draws from it: a resumed run starts one more.
         loader = DataLoader(
@@ -224,7 +225,8 @@ class _Training:
         self.done += 1
         self.loss_sum += float(loss.detach())
         if self.done % self.epoch_steps == 0:
-            self.history.loss.append((self.done, self.loss_sum / self.epoch_steps))
+            shares = torch.tensor(self.loss_sum / self.epoch_steps, device=self.accelerator.device)
+            self.history.loss.append((self.done, float(cast(Tensor, self.accelerator.reduce(shares, "mean")))))
             self.history.accuracy.append((self.done, evaluate(self.model, self.data.test)))
             self.loss_sum = 0.0
 
@@ -238,6 +240,7 @@ class _Training:
             "history": vars(self.history),
             "schedule": self.schedule.state_dict(),
             "sparsifier": self.sparsifier.state_dict() if self.sparsifier else None,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
         save_state(path, self.model, self.optimizer, progress)
 
@@ -250,6 +253,8 @@ class _Training:
         self.schedule.load_state_dict(progress["schedule"])
         if self.sparsifier:
             self.sparsifier.load_state_dict(progress["sparsifier"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(progress["scaler"])
 
     def finish(self) -> FitResult:
         """Write the zeros and score what is left."""

@@ -110,15 +110,22 @@ class Sparsifier:
             raise ValueError(f"layer {name}: {error}") from error
 
     @torch.no_grad()
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Pull pruned weights to zero, on the gradient: after clipping, before momentum."""
         if self.recipe.decay == 0.0:
             return
+        # A loss scaler leaves the unscaling of gradients to a fused optimizer, and hands it the scale like this.
+        scale = getattr(optimizer, "grad_scale", None)
         for layer in self._layers.values():
             if layer.weight.grad is not None:
-                layer.weight.grad.add_(layer.weight * ~layer.mask, alpha=self.recipe.decay)
+                pull = self.recipe.decay * layer.weight * ~layer.mask
+                layer.weight.grad.add_(pull if scale is None else pull * scale)
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        # Likewise it lets a fused optimizer skip a step by itself, and says so like this.
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is not None and float(overflow) > 0:
+            return
         self.step += 1
         if self.recipe.refreshes(self.step, self.total_steps):
             self.refresh()

@@ -112,9 +112,10 @@ def test_steps_of_the_optimizer_count_and_forwards_do_not() -> None:
     assert [step for step, _ in sparsifier.flip_rates] == [2, 4]
 
 
-def test_a_step_that_the_loss_scaler_skips_does_not_count() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_loss_scaler_skips_does_not_count(fused: bool) -> None:
     model = small_net()
-    optimizer = sgd(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
     sparsifier = Sparsifier(model, optimizer, "2:4-T")
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for index, (inputs, targets) in enumerate(batches(3)):
@@ -127,6 +128,22 @@ def test_a_step_that_the_loss_scaler_skips_does_not_count() -> None:
         scaler.step(optimizer)
         scaler.update()
     assert sparsifier.step == 2
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_decay_is_the_same_under_a_loss_scaler(fused: bool) -> None:
+    recipe = Recipe("mine", decay=0.25)
+    weights = []
+    for scaled in (False, True):
+        model = small_net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
+        Sparsifier(model, optimizer, "2:4-T", recipe)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        inputs, targets = batches(1)[0]
+        scaler.scale(nn.functional.cross_entropy(model(inputs), targets)).backward()
+        scaler.step(optimizer)
+        weights.append(model.get_parameter("0.weight").detach().clone())
+    torch.testing.assert_close(*weights)
 
 
 def test_decay_joins_the_gradient_of_pruned_weights_after_clipping() -> None:
