@@ -7,7 +7,7 @@ import ctypes
 from ctypes import byref, c_int
 from dataclasses import dataclass
 
-from tnm_pipeline.engines.backends.cuda import CudaDriver, CudaError
+from tnm_pipeline.engines.cuda import CudaDriver, CudaError
 
 # CUdevice_attribute values of cuda.h
 _COMPUTE_CAPABILITY_MAJOR = 75

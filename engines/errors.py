@@ -12,6 +12,10 @@ class EnvironmentLacks(RuntimeError):
     """This machine has no driver, GPU, runtime library or provider that the artifact needs."""
 
 
+class DeviceOutOfMemory(MemoryError):
+    """The GPU has too little free memory; a smaller batch may fit."""
+
+
 class FeedError(ValueError):
     """An array given to `Session.run` has the wrong name, dtype, rank or size."""
 

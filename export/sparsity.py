@@ -56,6 +56,14 @@ class LayerSparsity:
     eligible: bool
     why: str
 
+    @property
+    def holds(self) -> bool:
+        """Whether the weight keeps its pattern: along K, and for a transposable one along O too."""
+        if self.pattern is None:
+            return True
+        transposable = Pattern.parse(self.pattern).transposable
+        return not self.violations and not (transposable and self.violations_transposed)
+
 
 @dataclass(frozen=True)
 class SparsityReport:
@@ -99,7 +107,7 @@ class SparsityReport:
 def inspect_onnx(
     path: Path, patterns: Mapping[str, Pattern] | None = None, default: Pattern | None = None
 ) -> SparsityReport:
-    """Count N:M violations in the weight (second input) of every MatMul, Gemm and Conv, in O(weights).
+    """Count N:M violations in the weight of every MatMul, Gemm and Conv, in O(weights).
 
     Args:
         path: An ONNX file of any origin; fp32, fp16, bf16 and quantised weights, also behind Transpose, Cast,
@@ -132,11 +140,14 @@ def _layers(model: ir.Model, patterns: Mapping[str, Pattern], default: Pattern |
         if node.op_type not in _WEIGHTED_OPS or node.domain not in ("", "ai.onnx") or len(node.inputs) < 2:
             continue
         weight = constant_of(node.inputs[1])
+        left = weight is None and node.op_type != "Conv"
+        if left:
+            weight = constant_of(node.inputs[0])
         if weight is None or weight.values.ndim < 2:
             continue
         name = _name(node, weight.name, asked=set(patterns) - seen)
         seen.add(name)
-        yield _count(node, name, weight.values, patterns.get(name, default))
+        yield _count(node, name, weight.values, patterns.get(name, default), left=left)
 
 
 def _name(node: ir.Node, initializer: str | None, asked: Set[str]) -> str:
@@ -154,11 +165,13 @@ def _name(node: ir.Node, initializer: str | None, asked: Set[str]) -> str:
     return next((name for name in names if name in asked), names[0])
 
 
-def _count(node: ir.Node, name: str, weight: NDArray[np.generic], pattern: Pattern | None) -> LayerSparsity:
-    view = _gemm_view(node, weight != 0)
+def _count(
+    node: ir.Node, name: str, weight: NDArray[np.generic], pattern: Pattern | None, *, left: bool
+) -> LayerSparsity:
+    view = _left_view(node, weight != 0) if left else _gemm_view(node, weight != 0)
     positions, out_features, in_features = view.shape
     rule = TENSORRT_PATTERN if pattern is None else pattern
-    why = _why_not(node, view, pattern)
+    why = "the weight is the left operand of the product" if left else _why_not(node, view, pattern)
     return LayerSparsity(
         name=name,
         node=node.name or "",
@@ -184,6 +197,13 @@ def _gemm_view(node: ir.Node, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return kept.reshape(-1, *kept.shape[-2:]).swapaxes(1, 2)
     transposed = node.attributes.get_int("transB", 0)
     return (kept if transposed else kept.T)[np.newaxis]
+
+
+def _left_view(node: ir.Node, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """A left operand's non-zeros as (B, O, K): the reduction runs over its last axis, unless transA."""
+    transposed = node.op_type == "Gemm" and node.attributes.get_int("transA", 0) == 1
+    rows = kept.swapaxes(-2, -1) if transposed else kept
+    return rows.reshape(-1, *rows.shape[-2:])
 
 
 def _violations(view: NDArray[np.bool_], pattern: Pattern) -> int:

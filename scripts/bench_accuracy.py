@@ -57,9 +57,10 @@ class Case:
     from_dense: bool = False
 
 
+SAME_RATE = "dense, rate of dynamic"
 CASES = (
     Case("dense"),
-    Case("dense, rate of dynamic", lr_scale=RECIPES["dynamic"].lr_scale),
+    Case(SAME_RATE, lr_scale=RECIPES["dynamic"].lr_scale),
     Case("static 2:4-T", Sparsity(Pattern(2, 4, transposable=True), RECIPES["static"]), from_dense=True),
     Case("dynamic 2:4-T", Sparsity(Pattern(2, 4, transposable=True), RECIPES["dynamic"])),
     Case("dynamic 2:4", Sparsity(Pattern(2, 4), RECIPES["dynamic"])),
@@ -116,12 +117,12 @@ def train_seed(name: str, data: Splits, config: FitConfig) -> dict[str, tuple[nn
 def bench_model(name: str, data: Splits, config: FitConfig, seeds: int) -> list[Row]:
     """All cases of one model over all seeds."""
     runs = [train_seed(name, data, replace(config, seed=seed)) for seed in range(seeds)]
-    dense = [run["dense"][1].accuracy for run in runs]
+    dense = [100 * run["dense"][1].accuracy for run in runs]
+    same_rate = [100 * run[SAME_RATE][1].accuracy for run in runs]
     rows: list[Row] = []
     for case in CASES:
         models, results, seconds = zip(*(run[case.name] for run in runs), strict=True)
         points = [100 * result.accuracy for result in results]
-        gaps = [own - 100 * baseline for own, baseline in zip(points, dense, strict=True)]
         row: Row = {
             "model": name,
             "case": case.name,
@@ -132,8 +133,13 @@ def bench_model(name: str, data: Splits, config: FitConfig, seeds: int) -> list[
             "stdev": round(statistics.stdev(points), 4),
             "seconds": round(statistics.median(seconds), 2),
         }
-        if case.name != "dense":
-            row |= {"gap": round(statistics.mean(gaps), 4), "gap_interval95": round(interval(gaps), 4)}
+        for key, baseline in (("gap", dense), ("gap_same_rate", same_rate)):
+            if case.name not in ("dense", SAME_RATE):
+                differences = [own - other for own, other in zip(points, baseline, strict=True)]
+                row |= {
+                    key: round(statistics.mean(differences), 4),
+                    f"{key}_interval95": round(interval(differences), 4),
+                }
         if case.sparsity:
             pattern = case.sparsity.pattern
             counts = [recount(model, list(r.masks), pattern) for model, r in zip(models, results, strict=True)]
@@ -150,11 +156,13 @@ def bench_model(name: str, data: Splits, config: FitConfig, seeds: int) -> list[
 
 def print_table(rows: Sequence[Row]) -> None:
     """One line per case; accuracy and gap in percentage points."""
-    print(f"{'model':12}{'case':24}{'epochs':>7}{'mean':>8}{'stdev':>7}{'gap, 95%':>16}{'W':>7}{'W^T':>7}{'s/seed':>8}")
+    print(f"{'model':12}{'case':24}{'epochs':>7}{'mean':>8}{'stdev':>7}", end="")
+    print(f"{'to dense, 95%':>16}{'at one rate, 95%':>18}{'W':>7}{'W^T':>7}{'s/seed':>8}")
     for row in rows:
-        gap = f"{row['gap']:+.2f} +- {row['gap_interval95']:.2f}" if "gap" in row else "-"
+        gaps = [f"{row[k]:+.2f} +- {row[f'{k}_interval95']:.2f}" if k in row else "-" for k in ("gap", "gap_same_rate")]
         print(
-            f"{row['model']:12}{row['case']:24}{row['epochs']:>7}{row['mean']:>8.2f}{row['stdev']:>7.2f}{gap:>16}"
+            f"{row['model']:12}{row['case']:24}{row['epochs']:>7}{row['mean']:>8.2f}{row['stdev']:>7.2f}"
+            f"{gaps[0]:>16}{gaps[1]:>18}"
             f"{row.get('violations', '-'):>7}{row.get('violations_transposed', '-'):>7}{row['seconds']:>8.1f}"
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tnm_pipeline.engines.backends import Array
-from tnm_pipeline.engines.backends.cuda import CudaDriver, Device
+from tnm_pipeline.engines.cuda import CudaDriver, Device
 from tnm_pipeline.engines.driver import Driver
 from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks, FeedError
 from tnm_pipeline.engines.manifest import Manifest

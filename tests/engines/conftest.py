@@ -1,5 +1,12 @@
-"""A tiny network as real artifacts: an ONNX file, and a TensorRT-RTX plan of it built ahead of time without a GPU."""
+"""A tiny network as real artifacts: an ONNX file, and a TensorRT-RTX plan of it built ahead of time without a GPU.
 
+Also a process whose `libcuda.so.1` is `host_driver.c`: no GPU, and every call really made.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +17,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from tnm_pipeline.engines.manifest import Manifest, TensorSpec, sha256_of, write_manifest
+
+Run = Callable[..., str]
 
 IN_FEATURES, OUT_FEATURES = 8, 16
 BUILT_FOR = ("8.0", "8.9")
@@ -119,3 +128,36 @@ def seal_plan() -> Callable[..., Path]:
         return write_manifest(path, _facts(path, **{**values, **changes}))
 
     return seal
+
+
+@pytest.fixture(scope="session")
+def host_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that holds the compiled stand-in driver."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("the stand-in CUDA driver needs Linux and a C compiler")
+    folder = tmp_path_factory.mktemp("driver")
+    source = Path(__file__).with_name("host_driver.c")
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-Wall", "-Werror", source, "-o", folder / "libcuda.so.1"], check=True
+    )
+    return folder
+
+
+@pytest.fixture
+def run_on_host_driver(host_driver: Path) -> Run:
+    """`run(code, *arguments, **environment)`: stdout of a fresh Python that finds the stand-in driver first."""
+
+    def run(code: str, *arguments: object, **environment: str) -> str:
+        settings = {"HOST_DRIVER_CAPABILITY": "8.9", "LD_LIBRARY_PATH": str(host_driver), **environment}
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

@@ -115,6 +115,20 @@ def test_batched_matmul(tmp_path: Path) -> None:
     assert layer.gemm_shape == (5, 8)
 
 
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+def test_a_weight_on_the_left_is_listed_and_not_eligible(op: str, tmp_path: Path) -> None:
+    weight = np.tile(np.array([1, 1, 0, 0], np.float32), (4, 2))  # (O, K): 2:4 along K, not along O
+    stored = weight.T.copy() if op == "Gemm" else weight
+    node = helper.make_node(op, ["w", "input"], ["output"])
+    if op == "Gemm":
+        node.attribute.append(helper.make_attribute("transA", 1))
+    layer = _one(_save(tmp_path / "m.onnx", [node], {"w": stored}, 8, 3), P24)
+    assert (layer.gemm_shape, layer.violations, layer.violations_transposed) == ((4, 8), 0, 4)
+    assert layer.holds
+    assert not layer.eligible
+    assert "left operand" in layer.why
+
+
 def test_blocks_of_one_row_are_not_transposable(tmp_path: Path) -> None:
     """16 consecutive weights of a row, folded into a 4 x 4 tile that is 2:4 both ways, prove nothing about W^T."""
     tile = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]], np.float32)

@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from tnm_pipeline.engines.errors import EnvironmentLacks
+from tnm_pipeline.engines.errors import DeviceOutOfMemory, EnvironmentLacks
 
 # Argument types from cuda.h. Without them ctypes would pass a 64-bit address as a 32-bit int.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -36,6 +36,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
 }
 _STREAM_NON_BLOCKING = 1
+_SUCCESS, _OUT_OF_MEMORY = 0, 2
 
 
 class CudaError(EnvironmentLacks):
@@ -65,11 +66,14 @@ class CudaDriver:
             arguments: Its arguments, outputs as `byref(...)`.
 
         Raises:
-            CudaError: It returned anything but CUDA_SUCCESS.
+            DeviceOutOfMemory: It returned CUDA_ERROR_OUT_OF_MEMORY.
+            CudaError: It returned anything else but CUDA_SUCCESS.
         """
         code: int = getattr(self._library, name)(*arguments)
-        if code == 0:
+        if code == _SUCCESS:
             return
+        if code == _OUT_OF_MEMORY:
+            raise DeviceOutOfMemory(f"{name}: the GPU is out of memory; use a smaller batch or free the GPU")
         error_name = c_char_p()
         self._library.cuGetErrorName(code, byref(error_name))  # leaves a null where it does not know the code
         raise CudaError(f"{name} failed with {(error_name.value or b'an unknown error').decode()} ({code})")
