@@ -33,7 +33,7 @@ def environment() -> dict[str, object]:
         "cuda_driver": driver.cuda_version,
         "os": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "packages": {name: version for name in _PACKAGES if (version := package_version(name)) is not None},
     }
 
 
@@ -48,7 +48,8 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version of a distribution, None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

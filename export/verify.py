@@ -1,7 +1,7 @@
 """Accuracy: whether an artifact computes what its reference computes, to the precision it claims."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,29 +116,48 @@ def check(parity: Parity, precision: str) -> None:
 
 
 def verify_onnx(
-    model_fn: Callable[[NDArray[Any]], NDArray[Any]], artifact: Path, inputs: NDArray[Any], precision: str
-) -> Parity:
+    reference: NDArray[Any], artifact: Path, inputs: NDArray[Any], precision: str, *, batch: int = 256
+) -> tuple[NDArray[Any], Parity]:
     """Run an ONNX artifact through the production loader on the CPU and check it against the model it came from.
 
     Args:
-        model_fn: The reference: inputs to outputs.
+        reference: What the model answers to `inputs`, shape (samples, ...).
         artifact: An ONNX file with its manifest, of one input and one output.
-        inputs: Shape (batch, ...), of the input's dtype.
+        inputs: Shape (samples, ...), of the input's dtype.
         precision: A key of `LIMITS`.
+        batch: Samples run at once, which bounds the memory.
 
     Returns:
-        The parity, within the limit.
+        The artifact's answers, and their parity, which is within the limit.
 
     Raises:
         AccuracyGateFailed: Outside the limit.
         ArtifactRejected: The artifact is not what its manifest says.
     """
-    with load(artifact, device="cpu") as session:
-        outputs = session.run({session.inputs[0].name: inputs})
-        name = session.outputs[0].name
-    parity = compare({name: model_fn(inputs)}, outputs)
+    answers = answer(artifact, inputs, batch=batch)
+    parity = compare(reference, answers)
     check(parity, precision)
-    return parity
+    return answers, parity
+
+
+def answer(artifact: Path, inputs: NDArray[Any], *, batch: int = 256) -> NDArray[Any]:
+    """What an ONNX artifact of one input and one output gives on the CPU, through the production loader.
+
+    Args:
+        artifact: With its manifest.
+        inputs: Shape (samples, ...).
+        batch: Samples run at once.
+
+    Returns:
+        Shape (samples, ...).
+
+    Raises:
+        ArtifactRejected: The artifact is not what its manifest says.
+    """
+    with load(artifact, device="cpu") as session:
+        name, output = session.inputs[0].name, session.outputs[0].name
+        starts = range(0, len(inputs), batch)
+        return np.concatenate([session.run({name: inputs[start : start + batch]})[output] for start in starts])
 
 
 def _named(arrays: Arrays) -> Mapping[str, NDArray[Any]]:

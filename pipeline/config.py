@@ -82,6 +82,7 @@ class ExportSection(_Section):
     """ONNX export. `checkpoint` exports a given sparse checkpoint instead of the best route's."""
 
     checkpoint: Path | None = None
+    fp16: bool = True
     opset: Annotated[int, Field(ge=18, le=22)] = 20
 
 
@@ -122,6 +123,17 @@ class Config(_Section):
     export: ExportSection = ExportSection()
     trt: TrtSection = TrtSection()
     verify: VerifySection = VerifySection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.trt.enabled and self.trt.precision == "fp16" and not self.export.fp16:
+            raise ValueError("trt.precision = fp16 needs export.fp16 = true; or set trt.precision = fp32")
+        smallest, _, largest = self.trt.batch
+        if self.trt.enabled and not smallest <= self.verify.latency_batch <= largest:
+            raise ValueError(
+                f"verify.latency_batch = {self.verify.latency_batch} is outside trt.batch {self.trt.batch}"
+            )
+        return self
 
     def to_toml(self) -> str:
         """The resolved configuration, readable by `load_config`."""

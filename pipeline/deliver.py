@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tnm_pipeline.engines import EnvironmentLacks, Session, load
-from tnm_pipeline.engines.manifest import sha256_of, write_manifest
+from tnm_pipeline.engines.manifest import PRECISIONS, read_manifest, sha256_of, write_manifest
 from tnm_pipeline.export.artifacts import onnx_manifest
 from tnm_pipeline.export.errors import ExportRejected
 from tnm_pipeline.export.half import to_fp16
@@ -19,7 +19,7 @@ from tnm_pipeline.export.latency import measure
 from tnm_pipeline.export.onnx import export_onnx
 from tnm_pipeline.export.sparsity import SparsityReport, inspect_onnx
 from tnm_pipeline.export.tensorrt import build_plan
-from tnm_pipeline.export.verify import compare, verify_onnx
+from tnm_pipeline.export.verify import answer, check, compare, verify_onnx
 from tnm_pipeline.pipeline.learn import model_from
 from tnm_pipeline.pipeline.stages import Context
 from tnm_pipeline.training.checkpoint import Checkpoint
@@ -27,6 +27,7 @@ from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.sources import load_data
 
 _INPUT = "input"  # the name of the exported graph's input
+_BATCH = 256  # samples that torch answers at once
 
 
 def export(context: Context) -> dict[str, Any]:
@@ -41,11 +42,11 @@ def export(context: Context) -> dict[str, Any]:
         path = context.folder / f"{name}.fp32.onnx"
         export_onnx(model, sample, path, opset=config.export.opset, input_name=_INPUT)
         files.append(_describe(path, "fp32", checkpoint))
-        if label == "sparse":
+        if label == "sparse" and config.export.fp16:
             half = context.folder / f"{name}.fp16.onnx"
             to_fp16(path, half)
             files.append(_describe(half, "fp16", checkpoint))
-        context.progress(len(files), 3)
+        context.progress(len(files), len(context.inputs) + config.export.fp16)
     return {"files": files}
 
 
@@ -53,7 +54,7 @@ def build(context: Context) -> dict[str, Any]:
     """Build the plan with sparse weights allowed, and its twin from the same file with the flag off."""
     trt = context.config.trt
     onnx_path = context.inputs["onnx"]
-    summary = inspect_onnx(onnx_path).summary()
+    summary = read_manifest(onnx_path).sparsity
     plans = []
     for sparse, suffix in ((True, ".plan"), (False, ".dense.plan")):
         path = context.folder / f"model.{trt.precision}{suffix}"
@@ -92,16 +93,18 @@ def verify(context: Context) -> dict[str, Any]:
     inputs = data.test.tensors[0].numpy()
     targets = data.test.tensors[1].numpy()
     model, checkpoint = model_from(config, context.inputs["sparse"])
-    reference = _predictor(model)
-    parity, accuracy = {}, {"torch": _accuracy(reference(inputs), targets)}
-    for precision in ("fp32", "fp16"):
-        path = context.inputs[precision]
-        _recount(path, checkpoint)
-        parity[precision] = asdict(verify_onnx(reference, path, inputs, precision))
-        accuracy[f"onnx {precision}"] = _accuracy(_answers(path, inputs), targets)
+    reference = _predict(model, inputs)
+    parity, accuracy = {}, {"torch": _accuracy(reference, targets)}
+    for precision in PRECISIONS:
+        if precision in context.inputs:
+            path = context.inputs[precision]
+            _recount(path, checkpoint)
+            answers, measured = verify_onnx(reference, path, inputs, precision)
+            parity[precision] = asdict(measured)
+            accuracy[f"onnx {precision}"] = _accuracy(answers, targets)
     if "dense onnx" in context.inputs:
-        accuracy["dense"] = _accuracy(_answers(context.inputs["dense onnx"], inputs), targets)
-    plan = _load_plan(context, inputs, reference(inputs)) if "plan" in context.inputs else None
+        accuracy["dense"] = _accuracy(answer(context.inputs["dense onnx"], inputs), targets)
+    plan = _load_plan(context, inputs, reference) if "plan" in context.inputs else None
     latency = _latency(context, inputs)
     return {"parity": parity, "accuracy": accuracy, "plan": plan, "latency": latency, "samples": len(targets)}
 
@@ -124,24 +127,16 @@ def _recount(path: Path, checkpoint: Checkpoint) -> SparsityReport:
     found = {layer.name: layer for layer in report.layers}
     for name, pattern in patterns.items():
         layer = found.get(name)
-        broken = layer is None or layer.violations or (pattern.transposable and layer.violations_transposed)
-        if broken:
+        if layer is None or not layer.holds:
             raise ExportRejected(f"{path.name}: layer {name} should hold {pattern}, but: {layer or 'it is not there'}")
     return report
 
 
-def _predictor(model: nn.Module) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    @torch.no_grad()
-    def predict(inputs: NDArray[Any]) -> NDArray[Any]:
-        outputs: NDArray[Any] = model(torch.from_numpy(inputs)).numpy()
-        return outputs
-
-    return predict
-
-
-def _answers(path: Path, inputs: NDArray[Any]) -> NDArray[Any]:
-    with load(path, device="cpu") as session:
-        return session.run({_INPUT: inputs})[session.outputs[0].name]
+@torch.no_grad()
+def _predict(model: nn.Module, inputs: NDArray[Any]) -> NDArray[Any]:
+    parts = torch.split(torch.from_numpy(inputs), _BATCH)
+    outputs: NDArray[Any] = torch.cat([model(part) for part in parts]).numpy()
+    return outputs
 
 
 def _accuracy(outputs: NDArray[Any], targets: NDArray[Any]) -> float:
@@ -153,6 +148,7 @@ def _load_plan(context: Context, inputs: NDArray[Any], expected: NDArray[Any]) -
     with load(context.inputs["plan"], fallback="onnxruntime") as session:
         batch = context.config.trt.batch[1]
         parity = compare(expected[:batch], session.run({_INPUT: inputs[:batch]})[session.outputs[0].name])
+        check(parity, session.manifest.precision)
         return {"backend": session.backend, "fallback_reason": session.fallback_reason, "parity": asdict(parity)}
 
 

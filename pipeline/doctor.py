@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from tnm_pipeline.engines.driver import Driver, probe
+from tnm_pipeline.export.environment import package_version
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _onnxruntime(driver: Driver) -> Finding:
 
 
 def _rtx_builder() -> Finding:
-    version = _version("tensorrt-rtx")
+    version = package_version("tensorrt-rtx")
     ability = "build TensorRT-RTX plans ahead of time"
     if version:
         return Finding(ability, True, f"tensorrt-rtx {version}, needs no GPU to build")
@@ -93,7 +94,7 @@ def _rtx_builder() -> Finding:
 
 
 def _tensorrt_builder(driver: Driver) -> Finding:
-    version = _version("tensorrt")
+    version = package_version("tensorrt")
     ability = "build TensorRT plans"
     if version and driver.gpus:
         return Finding(ability, True, f"tensorrt {version}")
@@ -122,10 +123,3 @@ def _disk() -> Finding:
         f"{free:.1f} GiB free in {Path.cwd()}",
         "" if enough else "free some space, or choose another folder with --folder",
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tnm_pipeline.engines import ArtifactRejected, Manifest, TensorSpec, load
 from tnm_pipeline.engines.manifest import manifest_path, read_manifest, verify_artifact
-from tnm_pipeline.export.sparsity import inspect_onnx
+from tnm_pipeline.export.sparsity import LayerSparsity, inspect_onnx
 from tnm_pipeline.training.pattern import Pattern
 
 
@@ -78,7 +78,8 @@ def inspect_file(path: Path, pattern: str | None) -> Facts:
     if not path.is_file():
         raise ArtifactRejected(f"{path} does not exist")
     if path.suffix == ".onnx":
-        return Facts(f"{path}: ONNX", _onnx_rows(path, _promised(path), asked or Pattern(2, 4, transposable=True)))
+        promised = {} if asked else _promised(path)
+        return Facts(f"{path}: ONNX", [_row(layer) for layer in inspect_onnx(path, promised, asked).layers])
     if manifest_path(path).exists():
         return _plan_facts(path, read_manifest(path))
     return _checkpoint_facts(path, asked)
@@ -99,14 +100,14 @@ def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
     manifest = verify_artifact(path)
     lines = [f"sha256 {manifest.sha256}: as in the manifest"]
     source = path if manifest.source_onnx is None else path.parent / manifest.source_onnx
-    rows = _onnx_rows(source, _promised(source), Pattern(2, 4, transposable=True))
-    broken = [row for row in rows if row.pattern and (row.violations or row.violations_transposed)]
-    if broken:
-        raise ArtifactRejected(
-            f"{source.name}: {broken[0].layer} breaks {broken[0].pattern} in {broken[0].violations} groups of W and "
-            f"{broken[0].violations_transposed} of W^T; export it again from its checkpoint"
-        )
-    promised = sum(1 for row in rows if row.pattern)
+    layers = inspect_onnx(source, _promised(source)).layers
+    for layer in layers:
+        if not layer.holds:
+            raise ArtifactRejected(
+                f"{source.name}: {layer.name} breaks {layer.pattern} in {layer.violations} groups of W and "
+                f"{layer.violations_transposed} of W^T; export it again from its checkpoint"
+            )
+    promised = sum(layer.pattern is not None for layer in layers)
     lines.append(f"0 violating groups in the {promised} layers of {source.name} that promise a pattern")
     with load(path, fallback=fallback) as session:
         outputs = session.run({spec.name: _zeros(spec) for spec in session.inputs})
@@ -116,7 +117,11 @@ def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
             lines.append(f"not by {manifest.backend}: {session.fallback_reason}")
     if not finite:
         raise ArtifactRejected(f"{path.name} gives NaN or Inf for an input of zeros; export it again")
-    return Facts(f"{path}: {manifest.backend} {manifest.backend_version}, {manifest.precision}", rows, lines)
+    return Facts(
+        f"{path}: {manifest.backend} {manifest.backend_version}, {manifest.precision}",
+        [_row(layer) for layer in layers],
+        lines,
+    )
 
 
 def _promised(onnx_path: Path) -> dict[str, Pattern]:
@@ -128,20 +133,16 @@ def _promised(onnx_path: Path) -> dict[str, Pattern]:
     return {name: Pattern.parse(text) for name, text in promised.items()}
 
 
-def _onnx_rows(path: Path, patterns: Mapping[str, Pattern], default: Pattern) -> list[Row]:
-    report = inspect_onnx(path, patterns, None if patterns else default)
-    return [
-        Row(
-            layer=layer.name,
-            shape=tuple(layer.shape),
-            pattern=layer.pattern or "",
-            density=layer.density,
-            violations=layer.violations,
-            violations_transposed=layer.violations_transposed,
-            note="eligible" if layer.eligible else layer.why,
-        )
-        for layer in report.layers
-    ]
+def _row(layer: LayerSparsity) -> Row:
+    return Row(
+        layer=layer.name,
+        shape=tuple(layer.shape),
+        pattern=layer.pattern or "",
+        density=layer.density,
+        violations=layer.violations,
+        violations_transposed=layer.violations_transposed,
+        note="eligible" if layer.eligible else layer.why,
+    )
 
 
 def _plan_facts(path: Path, manifest: Manifest) -> Facts:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tnm_pipeline.pipeline.cache import STATE_FILE
 from tnm_pipeline.pipeline.config import Config
+from tnm_pipeline.pipeline.errors import Stopped
 from tnm_pipeline.pipeline.stages import CHECKPOINT, Context
 from tnm_pipeline.training.checkpoint import Checkpoint, load_into, read_checkpoint, save_checkpoint
 from tnm_pipeline.training.convert import convert as convert_model
@@ -74,16 +75,21 @@ def convert(context: Context) -> dict[str, Any]:
     model, _ = model_from(config, context.inputs["start"])
     data = _data(config)
     pattern = _pattern(config)
-    calibration = data.train.tensors[0][: config.convert.samples]
+
+    def report(name: str, done: int, total: int) -> None:
+        context.progress(done, total)
+        if context.should_stop():
+            raise Stopped(f"stopped after layer {name}; the same command converts again")
+
     conversion = convert_model(
         model,
         pattern,
-        torch.split(calibration, config.convert.batch_size),
+        _calibration(config, data),
         method=config.convert.method,
         selection=_selection(config),
         sequential=config.convert.sequential,
         retune_batch_norm=config.convert.retune_batch_norm,
-        on_layer=lambda _, done, total: context.progress(done, total),
+        on_layer=report,
     )
     _save(context, model, conversion.masks, dict.fromkeys(conversion.masks, str(pattern)))
     rows = [{k: v for k, v in layer.to_dict().items() if k != "seconds"} for layer in conversion.layers]
@@ -152,6 +158,14 @@ def _save(context: Context, model: nn.Module, masks: dict[str, Tensor], patterns
 
 def _data(config: Config) -> Splits:
     return load_data(config.data.source, config.data.args)
+
+
+def _calibration(config: Config, data: Splits) -> list[Tensor]:
+    """Unlabelled batches drawn at random from the training set (it may be sorted), all of the same size."""
+    inputs = data.train.tensors[0]
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(config.run.seed))
+    batches = torch.split(inputs[order[: config.convert.samples]], config.convert.batch_size)
+    return [batch for batch in batches if len(batch) == len(batches[0])]
 
 
 def _pattern(config: Config) -> Pattern:

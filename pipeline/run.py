@@ -91,7 +91,7 @@ def _execute(
         progress.console.print(f"{label}: {took}", highlight=False, markup=False)
         content = (cache.folder / stage.name / RESULT).read_text(encoding="utf-8")
         finished[stage.name] = Done(json.loads(content), cached, record.seconds)
-        if should_stop():
+        if should_stop() and number < len(stages):
             raise Stopped(f"stopped after {stage.name}; the same command goes on from there")
     return finished
 

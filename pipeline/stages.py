@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tnm_pipeline.engines.driver import probe
+from tnm_pipeline.export.environment import package_version
 from tnm_pipeline.pipeline.cache import source_fingerprint
 from tnm_pipeline.pipeline.config import Config
 
@@ -101,19 +103,29 @@ def stages_of(config: Config, folder: Path) -> dict[str, Stage]:
             },
         )
     checkpoints = {"sparse": best / CHECKPOINT, **twin}
-    exported = add("export", "export to ONNX", "deliver:export", {**common, "opset": config.export.opset}, checkpoints)
-    files = {"fp32": exported / "model.fp32.onnx", "fp16": exported / "model.fp16.onnx"}
+    exporting = {**common, "opset": config.export.opset, "fp16": config.export.fp16}
+    exported = add("export", "export to ONNX", "deliver:export", exporting, checkpoints)
+    precisions = ("fp32", "fp16") if config.export.fp16 else ("fp32",)
+    files = {precision: exported / f"model.{precision}.onnx" for precision in precisions}
     graphs = files | ({"dense onnx": exported / "dense.fp32.onnx"} if twin else {})
+    machine = _machine()
     plans: dict[str, Path] = {}
     if config.trt.enabled:
         source = {"onnx": files[config.trt.precision]}
-        built = add("build", "build TensorRT plans", "deliver:build", {"trt": sections["trt"]}, source)
+        built = add("build", "build TensorRT plans", "deliver:build", {"trt": sections["trt"], **machine}, source)
         stem = f"model.{config.trt.precision}"
         plans = {"plan": built / f"{stem}.plan", "dense plan": built / f"{stem}.dense.plan"}
     measuring = {key: value for key, value in sections["verify"].items() if key.startswith("latency")}
-    settings = {**common, "verify": measuring}
+    settings = {**common, **machine, "verify": measuring}
     add("verify", "verify", "deliver:verify", settings, {**checkpoints, **graphs, **plans})
     return stages
+
+
+def _machine() -> dict[str, Any]:
+    """What a plan and its timing depend on besides files: a run that moves to a GPU builds and measures there."""
+    driver = probe()
+    builders = {name: package_version(name) for name in ("tensorrt", "tensorrt-rtx")}
+    return {"gpus": [[gpu.name, gpu.compute_capability] for gpu in driver.gpus], "builders": builders}
 
 
 def needed_for(stages: Mapping[str, Stage], folder: Path, targets: set[str]) -> list[Stage]:

@@ -57,10 +57,12 @@ def _accuracies(config: Config, done: dict[str, Done]) -> Table:
 
 def _show_verification(console: Console, result: dict[str, Any]) -> None:
     parity = result["parity"]
-    console.print(
-        f"ONNX against torch: fp32 max abs {parity['fp32']['max_abs']:.1e}, "
-        f"fp16 {parity['fp16']['relative_to_absmax']:.1e} of the output's absolute maximum"
+    half = (
+        f", fp16 {parity['fp16']['relative_to_absmax']:.1e} of the output's absolute maximum"
+        if "fp16" in parity
+        else ""
     )
+    console.print(f"ONNX against torch: fp32 max abs {parity['fp32']['max_abs']:.1e}{half}")
     for runtime, table in result["latency"].items():
         if "not_measured" in table:
             console.print(f"latency on {runtime}: not measured, it cannot run here")

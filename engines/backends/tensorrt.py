@@ -151,7 +151,8 @@ def check_gpu(manifest: Manifest, driver: Driver) -> None:
     if gpu.compute_capability not in built_for:
         raise EnvironmentLacks(
             f"{manifest.artifact} was built for compute capability {', '.join(built_for)}, and {gpu.name} "
-            f"has {gpu.compute_capability}: rebuild it for this GPU with `tnm-pipeline export --trt`"
+            f"has {gpu.compute_capability}: build it for this GPU with `tnm-pipeline export --trt --set "
+            f"'trt.compute_capabilities=[\"{gpu.compute_capability}\"]'`"
         )
 
 

@@ -7,6 +7,7 @@ from tnm_pipeline.pipeline.gates import refusal
 from tnm_pipeline.pipeline.report.data import Run
 from tnm_pipeline.pipeline.report.layers import LayerRow
 from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.recipes import RECIPES
 
 _RUNTIMES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
 
@@ -51,6 +52,12 @@ def remarks(run: Run) -> Iterator[str]:
         yield (
             f"The exported route is the best of {len(candidates)} on this same test set, so its accuracy is slightly "
             "optimistic; score it on data that chose nothing before you rely on it."
+        )
+    recipe = RECIPES[run.config.train.recipe]
+    if run.route == "train" and recipe.lr_scale != 1 and run.dense_accuracy is not None:
+        yield (
+            f"The recipe {recipe.name} trained at {recipe.lr_scale:g} times the learning rate of the dense baseline, "
+            "which may gain from that rate too: try train.lr on both."
         )
     loaded = run.results.get("verify", {}).get("plan")
     if loaded and loaded["fallback_reason"]:
