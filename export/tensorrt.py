@@ -217,7 +217,7 @@ def _set_targets(trt: Any, config: Any, wanted: Sequence[str], driver: Driver) -
     }
     unknown = [capability for capability in wanted if capability not in members]
     if unknown or not wanted:
-        raise ValueError(
+        raise EnvironmentLacks(
             f"{trt.__name__} {trt.__version__} cannot build for compute capability "
             f"{', '.join(unknown) or '(none given)'}; choose from {', '.join(members)}"
         )

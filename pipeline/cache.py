@@ -1,23 +1,23 @@
 """The run folder: one lock, one record per finished stage, so that only what changed is done again."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
-from tnm_pipeline.pipeline.errors import ConfigError, RunLocked
+from tnm_pipeline.pipeline.errors import FULL, ConfigError, RunLocked
 from tnm_pipeline.training.atomic import write_atomically
+from tnm_pipeline.training.user_modules import files_behind
 
 STATE_FILE = "state.safetensors"  # of an interrupted training, kept between runs of the same key
 
@@ -29,20 +29,31 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RunLocked: another process holds it; names its pid and host.
         ConfigError: the folder cannot be made or written.
+        OSError: the disk is full.
     """
+    lock = _acquire(folder)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(folder: Path) -> BaseFileLock:
+    lock = FileLock(folder / ".lock", timeout=0)
     owner = folder / ".owner"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-            yield
+        lock.acquire()
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except Timeout:
         who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
         raise RunLocked(f"{folder} is in use by {who}: wait for it, or choose another folder with --folder") from None
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        if error.filename is None or not str(error.filename).startswith(str(folder)):
+    except OSError as error:
+        lock.release()
+        if error.errno in FULL:
             raise
         raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another folder with --folder") from error
+    return lock
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,17 @@ class Record:
     key: str
     outputs: dict[str, str]
     seconds: float
+
+    @classmethod
+    def read(cls, path: Path) -> "Record | None":
+        """The record in a file; None when there is none that is whole: the stage is then done again."""
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                str(fields["key"]), {str(k): str(v) for k, v in fields["outputs"].items()}, fields["seconds"] + 0.0
+            )
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return None
 
 
 class StageCache:
@@ -83,11 +105,8 @@ class StageCache:
 
     def find(self, name: str, key: str) -> Record | None:
         """The record of a stage if it ended with this key and every output is still what it wrote."""
-        try:
-            record = Record(**json.loads((self._records / f"{name}.json").read_text(encoding="utf-8")))
-        except (FileNotFoundError, json.JSONDecodeError, TypeError):
-            return None
-        if record.key != key:
+        record = Record.read(self._records / f"{name}.json")
+        if record is None or record.key != key:
             return None
         for relative, digest in record.outputs.items():
             path = self.folder / name / relative
@@ -96,15 +115,24 @@ class StageCache:
         return record
 
     def begin(self, name: str, key: str) -> Path:
-        """Clear what another key left in the stage's folder; keep the state of an interrupted run of this key.
+        """Clear what an earlier run left in the stage's folder; keep the state of an interrupted run of this key.
 
         Returns:
             The stage's folder, which exists.
+
+        Raises:
+            ConfigError: the folder holds files that no run of ours made.
         """
-        (self._records / f"{name}.json").unlink(missing_ok=True)
-        marker = self._records / f"{name}.started"
-        target = self.folder / name
-        same_key = marker.exists() and marker.read_text(encoding="utf-8") == key
+        record, marker, target = self._records / f"{name}.json", self._records / f"{name}.started", self.folder / name
+        if not record.exists() and not marker.exists() and target.exists() and any(target.iterdir()):
+            raise ConfigError(
+                f"{target} holds files that tnm-pipeline did not write, and stage {name} would replace them: move them "
+                "away, or choose another folder with --folder"
+            )
+        same_key = marker.exists() and marker.read_bytes() == key.encode()
+        if not same_key:
+            write_atomically(marker, b"")  # a kill while clearing must not make the rest look like a user's files
+        record.unlink(missing_ok=True)
         for path in target.glob("*"):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -134,31 +162,29 @@ def sha256_of(path: Path) -> str:
 @cache
 def code_fingerprint() -> str:
     """Hash of this package's sources: a result made by other code is made again."""
-    root = Path(__file__).parent
-    digest = hashlib.sha256()
     from tnm_pipeline import engines, export, training
 
-    folders = [root, *(Path(package.__path__[0]) for package in (training, export, engines))]
-    for folder in folders:
-        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.j2")]):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+    roots = [Path(__file__).parent, *(Path(package.__path__[0]) for package in (training, export, engines))]
+    return _digest_of(path for root in roots for path in sorted(root.rglob("*.py")))
 
 
 def source_fingerprint(source: str) -> str:
-    """What identifies the content behind a model or data source, without importing it.
+    """What identifies the content behind a model or data source, without running it.
 
     Args:
         source: a built-in name, an `.npz` file, or `module:function`.
 
     Returns:
-        The hash of the file behind it; the name itself when it is built in (the code fingerprint covers those) or
+        The hash of the files behind it; the name itself when it is built in (the code fingerprint covers those) or
         cannot be found (the stage that loads it says what is wrong).
     """
-    path = Path(source)
     module, separator, _ = source.partition(":")
-    if separator:
-        with suppress(ImportError, ValueError):
-            spec = importlib.util.find_spec(module)
-            path = Path(spec.origin) if spec and spec.origin else path
-    return sha256_of(path) if path.is_file() else source
+    files = files_behind(module) if separator else [path for path in [Path(source)] if path.is_file()]
+    return _digest_of(files) if files else source
+
+
+def _digest_of(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

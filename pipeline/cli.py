@@ -75,7 +75,7 @@ def convert(
     chosen = {
         **_options(folder, model, data, pattern),
         "run.routes": ["convert"],
-        "model.checkpoint": str(_existing(checkpoint)),
+        "model.checkpoint": str(checkpoint),
     }
     _run(_resolve(config, overrides, chosen, checkpoint, trust_source), {"convert"}, as_json)
 
@@ -98,7 +98,7 @@ def export(
     config = config or _config_of(folder, checkpoint)
     chosen = {**_options(folder, model, data, None), "trt.enabled": trt}
     if checkpoint:
-        chosen["export.checkpoint"] = str(_existing(checkpoint))
+        chosen["export.checkpoint"] = str(checkpoint)
     _run(_resolve(config, overrides, chosen, checkpoint, trust_source), {"verify"}, as_json)
 
 
@@ -165,7 +165,6 @@ _debugging = {"on": False}
 
 def main() -> None:
     """Entry point: runs a command and turns an error into a message and an exit code."""
-    sys.path.insert(0, "")  # a console script does not import from the current folder, where users keep their models
     # OpenMP threads that spin while they wait make small networks 20 times slower on a machine that has other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -173,14 +172,10 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         if _debugging["on"]:
             raise
-        from tnm_pipeline.pipeline.errors import ExitCode, exit_code
+        from tnm_pipeline.pipeline.errors import exit_code, explain
 
-        code = exit_code(error)
-        text = str(error) or type(error).__name__
-        if code is ExitCode.BUG:
-            text = f"{type(error).__name__}: {text}\nThis is a bug: report what `tnm-pipeline --debug ...` prints"
-        sys.stderr.write(f"error: {text}\n")
-        raise SystemExit(code) from None
+        sys.stderr.write(f"error: {explain(error)}\n")
+        raise SystemExit(exit_code(error)) from None
 
 
 def _resolve(
@@ -204,14 +199,6 @@ def _options(folder: Path | None, model: str | None, data: str | None, pattern: 
     }
 
 
-def _existing(path: Path) -> Path:
-    from tnm_pipeline.training.checkpoint import CheckpointError
-
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
-    return path
-
-
 def _config_of(folder: Path | None, checkpoint: Path | None) -> Path | None:
     """The configuration that a run folder was made with, when `export` goes on from it."""
     if folder and not checkpoint and (folder / "config.toml").is_file():
@@ -222,6 +209,7 @@ def _config_of(folder: Path | None, checkpoint: Path | None) -> Path | None:
 def _run(config: "Config", targets: set[str] | None, as_json: bool) -> None:
     from rich.console import Console
 
+    from tnm_pipeline.pipeline.gates import refusal
     from tnm_pipeline.pipeline.run import execute
     from tnm_pipeline.pipeline.summary import show, to_json
 
@@ -230,6 +218,8 @@ def _run(config: "Config", targets: set[str] | None, as_json: bool) -> None:
         _print_json(to_json(config, done))
     else:
         show(config, done)
+    if "verify" in done and (refused := refusal(config.verify, done["verify"].result)):
+        raise refused
 
 
 def _print(facts: Any, as_json: bool) -> None:

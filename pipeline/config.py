@@ -3,6 +3,7 @@
 (TOML, because YAML reads an unquoted 2:4 as the number 124.)
 """
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,24 @@ from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.training.pattern import Pattern
 
 Route = Literal["train", "convert", "convert-unstructured"]
+
+
+def _json_able(arguments: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"only strings, finite numbers, booleans, lists and tables can be stored: {error}") from None
+    return arguments
+
+
+def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("name each one once")
+    return values
+
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_json_able)]
+Capability = Annotated[str, Field(pattern=r"^\d+\.\d$")]
 PatternText = Annotated[str, AfterValidator(lambda text: str(Pattern.parse(text)))]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -28,14 +47,14 @@ class RunSection(_Section):
 
     folder: Path = Path("runs/default")
     routes: Annotated[tuple[Route, ...], Field(min_length=1)] = ("train", "convert", "convert-unstructured")
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # numpy's generator takes no more
 
 
 class SourceSection(_Section):
     """A model or data set: a built-in name, `module:function`, or for data an .npz file."""
 
     source: str = ""
-    args: dict[str, Any] = {}
+    args: Arguments = {}
 
 
 class ModelSection(SourceSection):
@@ -48,7 +67,7 @@ class SparsitySection(_Section):
     """The pattern and the layers that get it."""
 
     pattern: PatternText = "2:4-T"
-    include: tuple[str, ...] = ("*",)
+    include: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
     exclude: tuple[str, ...] = ()
     keep_last: bool = True
 
@@ -92,7 +111,11 @@ class TrtSection(_Section):
     enabled: bool = True
     backend: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
     precision: Literal["fp32", "fp16"] = "fp16"
-    compute_capabilities: Annotated[tuple[str, ...], Field(min_length=1)] = ("8.0", "8.9", "12.0")
+    compute_capabilities: Annotated[tuple[Capability, ...], Field(min_length=1), AfterValidator(_distinct)] = (
+        "8.0",
+        "8.9",
+        "12.0",
+    )
     batch: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 8, 64)
 
     @model_validator(mode="after")
@@ -198,7 +221,9 @@ def _explain(item: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"unknown key {place}{_closest(item['loc'])}"
-    message = str(item["msg"]).removeprefix("Value error, ")
+    message = str(item["msg"]).removeprefix("Value error, ").replace("tuple", "list").replace("dictionary", "table")
+    if isinstance(item["input"], dict):  # a rule between keys, whose message names them; the whole section is no help
+        return f"{place}: {message}" if place else message
     return f"{place} = {item['input']!r}: {message}"
 
 

@@ -50,11 +50,11 @@ def diagnose() -> list[Finding]:
 
 def show(findings: list[Finding]) -> None:
     """Print the findings on stdout; remedies stand on lines of their own, to be copied."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     for finding in findings:
-        console.print(f"{'yes' if finding.works else 'no ':3}  {finding.ability}: {finding.detail}", markup=False)
+        console.print(f"{'yes' if finding.works else 'no ':3}  {finding.ability}: {finding.detail}")
         if finding.remedy:
-            console.print(f"     -> {finding.remedy}", markup=False)
+            console.print(f"     -> {finding.remedy}")
 
 
 def _python() -> Finding:

@@ -58,7 +58,7 @@ _CODES = {
     "builtins.MemoryError": ExitCode.OUT_OF_RESOURCES,
     "builtins.KeyboardInterrupt": ExitCode.INTERRUPTED,
 }
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
@@ -68,8 +68,23 @@ def exit_code(error: BaseException) -> ExitCode:
         code = _CODES.get(f"{cls.__module__}.{cls.__qualname__}")
         if code is not None:
             return code
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in FULL:
         return ExitCode.OUT_OF_RESOURCES
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return ExitCode.USAGE
     return ExitCode.BUG
+
+
+def explain(error: BaseException) -> str:
+    """What to tell the user: our own errors say it themselves, those of the system need a next step."""
+    text = str(error) or type(error).__name__
+    code = exit_code(error)
+    if code is ExitCode.BUG:
+        return f"{type(error).__name__}: {text}\nThis is a bug: report what `tnm-pipeline --debug ...` prints"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; nothing half-written was left. Free some space: the same command goes on from there"
+    if code is ExitCode.OUT_OF_RESOURCES:
+        return f"out of memory ({text}): lower train.batch_size, convert.batch_size or convert.samples"
+    if isinstance(error, OSError):
+        return f"cannot use {error.filename}: {error.strerror}"
+    return text

@@ -48,17 +48,17 @@ class Facts:
 
     def show(self) -> None:
         """Print on stdout."""
-        console = Console(soft_wrap=True, highlight=False)
-        console.print(self.title, markup=False)
+        console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        console.print(self.title)
         if self.rows:
             table = Table("layer", "shape", "pattern", "density", "violations W", "violations W^T", "")
             for row in self.rows:
                 shape = "x".join(str(side) for side in row.shape)
                 counts = (str(row.violations), str(row.violations_transposed))
                 table.add_row(row.layer, shape, row.pattern, f"{row.density:.1%}", *counts, row.note)
-            console.print(table, markup=False)
+            console.print(table)
         for line in self.lines:
-            console.print(line, markup=False)
+            console.print(line)
 
 
 def inspect_file(path: Path, pattern: str | None) -> Facts:
@@ -76,11 +76,11 @@ def inspect_file(path: Path, pattern: str | None) -> Facts:
     """
     asked = Pattern.parse(pattern) if pattern else None
     if not path.is_file():
-        raise ArtifactRejected(f"{path} does not exist")
+        raise ArtifactRejected(f"{path} is no file: give a checkpoint, an .onnx file or a .plan")
     if path.suffix == ".onnx":
         promised = {} if asked else _promised(path)
         return Facts(f"{path}: ONNX", [_row(layer) for layer in inspect_onnx(path, promised, asked).layers])
-    if manifest_path(path).exists():
+    if path.suffix == ".plan" or manifest_path(path).exists():
         return _plan_facts(path, read_manifest(path))
     return _checkpoint_facts(path, asked)
 
@@ -97,6 +97,8 @@ def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
         ArtifactRejected: the artifact, its source or a manifest is not what it should be, or a promised pattern is
             broken.
     """
+    if path.suffix in (".safetensors", ".pt", ".pth"):
+        raise ArtifactRejected(f"{path} is a checkpoint: `tnm-pipeline inspect {path}` counts what it holds")
     manifest = verify_artifact(path)
     lines = [f"sha256 {manifest.sha256}: as in the manifest"]
     source = path if manifest.source_onnx is None else path.parent / manifest.source_onnx

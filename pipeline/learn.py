@@ -16,7 +16,7 @@ from tnm_pipeline.pipeline.stages import CHECKPOINT, Context
 from tnm_pipeline.training.checkpoint import Checkpoint, load_into, read_checkpoint, save_checkpoint
 from tnm_pipeline.training.convert import convert as convert_model
 from tnm_pipeline.training.layout import to_gemm
-from tnm_pipeline.training.loop import FitConfig, Sparsity, evaluate, fit
+from tnm_pipeline.training.loop import FitConfig, Sparsity, check_match, evaluate, fit
 from tnm_pipeline.training.masks.prune import prune_unstructured
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.recipes import recipe_named
@@ -45,8 +45,10 @@ def dense(context: Context) -> dict[str, Any]:
     config = context.config
     if "checkpoint" in context.inputs:
         model, given = model_from(config, context.inputs["checkpoint"])
+        data = _data(config)
+        check_match(model, data)
         _save(context, model, dict(given.masks), given.record.get("layers", {}))
-        accuracy = evaluate(model, _data(config).test)
+        accuracy = evaluate(model, data.test)
         return {"accuracy": accuracy, "history": None, "parameters": _parameters(model), "given": True}
     return _fit(context, new_model(config), None) | {"given": False}
 
@@ -115,9 +117,10 @@ def choose(context: Context) -> dict[str, Any]:
 def take(context: Context) -> dict[str, Any]:
     """Check the sparse checkpoint that the user gave and take it as it is."""
     model, checkpoint = model_from(context.config, context.inputs["given"])
-    patterns = checkpoint.record.get("layers", {})
-    _save(context, model, checkpoint.masks, patterns)
-    return {"route": "given", "accuracy": evaluate(model, _data(context.config).test), "candidates": {}}
+    data = _data(context.config)
+    check_match(model, data)
+    _save(context, model, checkpoint.masks, checkpoint.record.get("layers", {}))
+    return {"route": "given", "accuracy": evaluate(model, data.test), "candidates": {}}
 
 
 def _fit(context: Context, model: nn.Module, sparsity: Sparsity | None) -> dict[str, Any]:

@@ -31,15 +31,17 @@ def resolve(
 
     Raises:
         ConfigError: a source is missing, or named by the checkpoint but not trusted.
+        CheckpointError: the checkpoint to start from does not exist.
     """
     config = load_config(path, overrides, options)
+    _check_exists(config.export.checkpoint or config.model.checkpoint)
     filled = dict(options)
     record = _record_of(remembers) if remembers else {}
     for section in ("model", "data"):
         if getattr(config, section).source:
             continue
         known = record.get(section)
-        if not known:
+        if not isinstance(known, dict) or not isinstance(known.get("source"), str):
             raise ConfigError(
                 f"which {section}? Set {section}.source in the config file, or pass --{section} with a built-in name "
                 "or module:function"
@@ -49,7 +51,7 @@ def resolve(
                 f"{remembers} was made with {section} source {known['source']}, which would be imported and run: pass "
                 f"--{section} {known['source']} or --trust-source if you trust it"
             )
-        filled[f"{section}.source"], filled[f"{section}.args"] = known["source"], known["args"]
+        filled[f"{section}.source"], filled[f"{section}.args"] = known["source"], known.get("args")
     return load_config(path, overrides, filled)
 
 
@@ -62,7 +64,14 @@ def _record_of(checkpoint: Path) -> dict[str, Any]:
         with checkpoint.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size)) if size < 100_000_000 else {}
-        record: dict[str, Any] = json.loads(header["__metadata__"]["tnm_pipeline"])
+        record = json.loads(header["__metadata__"]["tnm_pipeline"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return record
+    return record if isinstance(record, dict) else {}
+
+
+def _check_exists(checkpoint: Path | None) -> None:
+    if checkpoint and not checkpoint.is_file():
+        from tnm_pipeline.training.checkpoint import CheckpointError  # loads torch
+
+        raise CheckpointError(f"checkpoint {checkpoint} does not exist")

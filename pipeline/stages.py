@@ -7,7 +7,7 @@
 Each stage writes into its own folder of the run folder, a `result.json` among the files.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from tnm_pipeline.engines.driver import probe
 from tnm_pipeline.export.environment import package_version
 from tnm_pipeline.pipeline.cache import source_fingerprint
 from tnm_pipeline.pipeline.config import Config
+from tnm_pipeline.pipeline.errors import ConfigError
 
 CHECKPOINT = "model.safetensors"
 RESULT = "result.json"
+_GIVEN = {"checkpoint", "given"}  # labels of inputs that the user made, not an earlier stage
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,9 @@ def needed_for(stages: Mapping[str, Stage], folder: Path, targets: set[str]) -> 
         stages: all of the run.
         folder: the run folder.
         targets: names.
+
+    Raises:
+        ConfigError: a stage would clear away the file that the user told it to read.
     """
     wanted: set[str] = set()
     waiting = list(targets)
@@ -145,7 +150,22 @@ def needed_for(stages: Mapping[str, Stage], folder: Path, targets: set[str]) -> 
         wanted.add(name)
         makers = {path.relative_to(folder).parts[0] for path in stages[name].inputs.values() if folder in path.parents}
         waiting += makers & stages.keys()
-    return [stage for name, stage in stages.items() if name in wanted]
+    chosen = [stage for name, stage in stages.items() if name in wanted]
+    _check_given(chosen, folder)
+    return chosen
+
+
+def _check_given(stages: Sequence[Stage], folder: Path) -> None:
+    written = {(folder / stage.name).resolve(): folder / stage.name for stage in stages}
+    for stage in stages:
+        for label in _GIVEN & stage.inputs.keys():
+            checkpoint = stage.inputs[label]
+            for parent in checkpoint.resolve().parents:
+                if parent in written:
+                    raise ConfigError(
+                        f"{checkpoint} lies in {written[parent]}, which this run writes anew: choose another folder "
+                        "with --folder, or copy the checkpoint elsewhere"
+                    )
 
 
 def _add_route(

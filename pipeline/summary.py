@@ -1,5 +1,6 @@
 """What a person reads on stdout when a command has ended."""
 
+import shlex
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +27,7 @@ def to_json(config: Config, done: dict[str, Done]) -> dict[str, Any]:
 
 def show(config: Config, done: dict[str, Done]) -> None:
     """Print the accuracies, what was built, and what to do next."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     folder = config.run.folder
     console.print(_accuracies(config, done))
     if "export" in done:
@@ -38,7 +39,7 @@ def show(config: Config, done: dict[str, Done]) -> None:
     if "verify" in done:
         _show_verification(console, done["verify"].result)
     console.print(f"report: {folder / 'report.html'}")
-    console.print(f"next: {_next(config, done)}")
+    console.print(f"next: {shlex.join(['tnm-pipeline', *_next(config, done)])}")
 
 
 def _accuracies(config: Config, done: dict[str, Done]) -> Table:
@@ -75,7 +76,7 @@ def _show_verification(console: Console, result: dict[str, Any]) -> None:
         )
     plan = result["plan"]
     if plan and plan["fallback_reason"]:
-        console.print(f"the plan was answered by {plan['backend']}: {plan['fallback_reason']}", markup=False)
+        console.print(f"the plan was answered by {plan['backend']}: {plan['fallback_reason']}")
 
 
 def _built(plan: dict[str, Any]) -> str:
@@ -85,17 +86,20 @@ def _built(plan: dict[str, Any]) -> str:
     return f"{plan['backend']} {plan['backend_version']} for {capabilities}: {flag}{picked}"
 
 
-def _next(config: Config, done: dict[str, Done]) -> str:
+def _next(config: Config, done: dict[str, Done]) -> list[str]:
+    """The arguments of the command that a user would likely call now."""
     folder = config.run.folder
     if "build" in done:
         name = done["build"].result["plans"][0]["file"]
         here = done["verify"].result["plan"] if "verify" in done else None
-        option = " --fallback onnxruntime" if here and here["fallback_reason"] else ""
-        return f"tnm-pipeline verify {folder / 'build' / name}{option}"
+        option = ["--fallback", "onnxruntime"] if here and here["fallback_reason"] else []
+        return ["verify", str(folder / "build" / name), *option]
     if "export" in done:
-        return f"tnm-pipeline inspect {folder / 'export' / 'model.fp32.onnx'}"
-    made = "convert" if "convert" in done else "train"
-    return f"tnm-pipeline export {folder / made / CHECKPOINT} --trt --folder {folder}"
+        return ["inspect", str(folder / "export" / "model.fp32.onnx")]
+    checkpoint = folder / ("convert" if "convert" in done else "train") / CHECKPOINT
+    sources = {"--model": config.model.source, "--data": config.data.source}
+    named = [text for option, source in sources.items() if ":" in source for text in (option, source)]  # code to trust
+    return ["export", str(checkpoint), "--trt", *named, "--folder", str(folder)]
 
 
 def _size(count: int) -> str:

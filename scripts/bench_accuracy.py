@@ -19,7 +19,6 @@ import argparse
 import copy
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ import torch
 from scipy import stats  # type: ignore[import-untyped]  # ships without types; a dependency of scikit-learn
 from torch import nn
 
+from tnm_pipeline.export.environment import environment
 from tnm_pipeline.training.loop import FitConfig, FitResult, Sparsity, fit
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.recipes import RECIPES
@@ -181,16 +181,14 @@ def main() -> None:
     torch.set_num_threads(1)  # small layers: more threads only add noise to the seconds
     config = FitConfig(epochs=4) if arguments.quick else FitConfig()
     seeds = 2 if arguments.quick else arguments.seeds
-    environment: dict[str, object] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
+    facts: dict[str, object] = {
+        **environment(),
         "threads": torch.get_num_threads(),
         "data": arguments.data,
         "config": asdict(config),
         "models": MODELS,
     }
-    for key, value in environment.items():
+    for key, value in facts.items():
         print(f"{key}: {value}")
     data = load_data(arguments.data, {})
     rows: list[Row] = []
@@ -198,7 +196,7 @@ def main() -> None:
         rows += bench_model(name, data, config, seeds)
     print_table(rows)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"environment": facts, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

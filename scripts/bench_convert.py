@@ -1,142 +1,78 @@
 """Compare the conversion methods, in one run, on networks that this script trains on real scans of digits.
 
-Two narrow networks are trained on half of scikit-learn's digits, pruned to 50% unstructured by global magnitude,
-and converted to 2:4 and 2:4-T with every method: from the dense network, from the unstructured one, and from the
-unstructured one with the dense network as reference. Columns:
+Two narrow networks are trained on digits (scans that ship with scikit-learn), pruned to 50% unstructured by global
+magnitude, and converted to 2:4 and 2:4-T with every method: from the dense network, from the unstructured one, and
+from the unstructured one with the dense network as reference. Columns:
 
-- error: mean over layers of ||Y' - Y|| / ||Y|| on calibration data (training half, no labels) and held-out data;
-- accuracy: on the held-out half;
+- error: mean over layers of ||Y' - Y|| / ||Y|| on calibration data (the training set, no labels) and on the test set;
+- accuracy: on the test set;
 - convert s: the whole conversion, calibration included, median of the repeats, methods interleaved;
 - fit s: mask, weights and bias alone, same repeats; ratio: adaprune's fit time over this method's.
 
 A second table times least_squares against adaprune on identical statistics of larger layers.
 
-Usage: python scripts/bench_convert.py [--quick] [--json PATH]
+Usage: python scripts/bench_convert.py [--data SOURCE] [--quick] [--json PATH]
 """
 
 import argparse
 import copy
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tnm_pipeline.export.environment import environment
 from tnm_pipeline.training.convert import METHODS, Conversion, convert, layer_errors
 from tnm_pipeline.training.convert.adaprune import adaprune
 from tnm_pipeline.training.convert.least_squares import least_squares
 from tnm_pipeline.training.convert.objective import Objective
+from tnm_pipeline.training.loop import FitConfig, evaluate, fit
 from tnm_pipeline.training.masks import solve
+from tnm_pipeline.training.masks.prune import prune_unstructured
 from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.selection import select
+from tnm_pipeline.training.sources import Splits, load_data, load_model
 
 PATTERNS = ("2:4", "2:4-T")
-CALIBRATION_BATCH = 128
+MODELS: dict[str, dict[str, int]] = {"digits-mlp": {"hidden": 20}, "digits-cnn": {"channels": 8}}
+CALIBRATION_BATCH = 449  # a third of the training set: batches of equal size
 Row = dict[str, object]
 
 
-def mlp(width: int = 32) -> nn.Module:
-    """64-h-h-10, narrow enough that masks hurt."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
-    )
-
-
-def conv_net(width: int = 16) -> nn.Module:
-    """Three convolutions with batch norms, the first on one channel (never converted), and a classifier."""
-
-    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
-        return [
-            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
-        ]
-
-    return nn.Sequential(
-        *block(1, width, 1),
-        *block(width, width, 2),
-        *block(width, 2 * width, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(2 * width, 10),
-    )
-
-
-def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
-    """Plain Adam on shuffled batches of 64."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-4)
-    model.train()
-    for _ in range(epochs):
-        for index in torch.split(torch.randperm(len(images)), 64):
-            optimizer.zero_grad()
-            torch.autograd.backward(F.cross_entropy(model(images[index]), labels[index]))
-            optimizer.step()
-    model.eval()
-
-
-@torch.no_grad()
-def prune_unstructured(model: nn.Module, fraction: float = 0.5) -> None:
-    """Zero the smallest weights of all Linear and Conv2d layers together."""
-    weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    threshold = torch.cat([weight.abs().flatten() for weight in weights]).quantile(fraction)
-    for weight in weights:
-        weight.masked_fill_(weight.abs() <= threshold, 0.0)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Fraction of right answers."""
-    return float((model(images).argmax(1) == labels).float().mean())
-
-
-def bench_network(
-    name: str, dense: nn.Module, calibration: list[Tensor], images: Tensor, labels: Tensor, repeats: int
-) -> list[Row]:
+def bench_network(name: str, data: Splits, config: FitConfig, repeats: int) -> list[Row]:
     """Every method, pattern and starting point on one network."""
+    torch.manual_seed(config.seed)
+    dense = load_model(name, MODELS[name])
+    fit(dense, data, config)
     unstructured = copy.deepcopy(dense)
-    prune_unstructured(unstructured)
+    prune_unstructured(unstructured, select(dense, Pattern(2, 4)).chosen, 0.5)
     starts: dict[str, tuple[nn.Module, nn.Module]] = {  # what is converted, what sets the targets
         "dense": (dense, dense),
         "unstructured": (unstructured, unstructured),
         "unstructured, dense targets": (unstructured, dense),
     }
     rows: list[Row] = [
-        {"network": name, "method": "none", "from": start, "accuracy": accuracy(model, images, labels)}
+        {"network": name, "method": "none", "from": start, "accuracy": evaluate(model, data.test)}
         for start, (model, _) in list(starts.items())[:2]
     ]
     for start, (model, reference) in starts.items():
         for pattern in PATTERNS:
-            rows += bench_methods(
-                {"network": name, "pattern": pattern, "from": start},
-                model,
-                reference,
-                calibration,
-                images,
-                labels,
-                repeats,
-            )
+            rows += bench_methods({"network": name, "pattern": pattern, "from": start}, model, reference, data, repeats)
     return rows
 
 
-def bench_methods(
-    case: Row,
-    model: nn.Module,
-    reference: nn.Module,
-    calibration: list[Tensor],
-    images: Tensor,
-    labels: Tensor,
-    repeats: int,
-) -> list[Row]:
+def bench_methods(case: Row, model: nn.Module, reference: nn.Module, data: Splits, repeats: int) -> list[Row]:
     """All methods on one case, interleaved."""
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     fits: dict[str, list[float]] = {method: [] for method in METHODS}
     results: dict[str, tuple[nn.Module, Conversion]] = {}
     pattern = Pattern.parse(str(case["pattern"]))
+    calibration = list(torch.split(data.train.tensors[0], CALIBRATION_BATCH))
     for _ in range(repeats):
         for method in METHODS:
             converted = copy.deepcopy(model)
@@ -148,15 +84,14 @@ def bench_methods(
     baseline = statistics.median(fits["adaprune"])
     rows: list[Row] = []
     for method, (converted, conversion) in results.items():
-        names = list(conversion.masks)
-        held_out = layer_errors(reference, converted, names, [images])
+        held_out = layer_errors(reference, converted, list(conversion.masks), [data.test.tensors[0]])
         rows.append(
             case
             | {
                 "method": method,
                 "error": conversion.mean_error,
                 "held_out_error": statistics.mean(held_out.values()),
-                "accuracy": accuracy(converted, images, labels),
+                "accuracy": evaluate(converted, data.test),
                 "convert_s": statistics.median(seconds[method]),
                 "fit_s": statistics.median(fits[method]),
                 "ratio": baseline / statistics.median(fits[method]),
@@ -198,17 +133,6 @@ def bench_layer(size: int, repeats: int) -> Row:
     }
 
 
-def environment() -> Row:
-    """What the figures depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "device": "cpu",
-    }
-
-
 def print_table(rows: list[Row]) -> None:
     """Columns are the keys of the last row, which has them all."""
     columns = list(rows[-1])
@@ -228,31 +152,24 @@ def _cell(value: object) -> str:
 def main() -> None:
     """Train, prune, convert, print."""
     parser = argparse.ArgumentParser(description="Compare the conversion methods on digits.")
+    parser.add_argument("--data", default="digits", help="a data source whose inputs the models take")
     parser.add_argument("--quick", action="store_true", help="fewer epochs, one repeat, small layers")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the two methods parallelise differently; one thread compares their work
-    epochs, repeats, sizes = (5, 1, (64, 128)) if arguments.quick else (20, 5, (64, 128, 256, 512))
+    epochs, repeats, sizes = (5, 1, (64, 128)) if arguments.quick else (40, 5, (64, 128, 256, 512))
 
-    torch.manual_seed(0)
-    pixels, digits = load_digits(return_X_y=True)
-    order = torch.randperm(len(digits))
-    images = (torch.tensor(pixels, dtype=torch.float32) / 16)[order].reshape(-1, 1, 8, 8)
-    labels = torch.tensor(digits)[order]
-    half = len(images) // 2
-    calibration = list(torch.split(images[:half], CALIBRATION_BATCH))
-    print(environment())
+    facts = {**environment(), "torch_threads": torch.get_num_threads(), "epochs": epochs, "models": MODELS}
+    print(facts)
+    data = load_data(arguments.data, {})
     rows: list[Row] = []
-    for name, make in (("mlp", mlp), ("conv-bn", conv_net)):
-        torch.manual_seed(0)
-        dense = make()
-        train(dense, images[:half], labels[:half], epochs)
-        rows += bench_network(name, dense, calibration, images[half:], labels[half:], repeats)
+    for name in MODELS:
+        rows += bench_network(name, data, FitConfig(epochs=epochs), repeats)
     print_table(rows)
     layers = [bench_layer(size, max(repeats // 2, 1)) for size in sizes]
     print_table(layers)
     if arguments.json:
-        report = {"environment": environment(), "rows": rows + layers}
+        report = {"environment": facts, "rows": rows + layers}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -6,6 +6,7 @@ equal bytes.) Foreign files are read too: safetensors, and `.pt` with tensors on
 """
 
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -175,9 +176,10 @@ def _read_torch(path: Path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, KeyError ... for bad content
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{path} holds more than tensors and was not opened, because pickles can run code "
-            f"({str(error).splitlines()[0]}). Save only model.state_dict()"
+            f"{path} holds more than tensors{f' ({found[1]})' if found else ''} and was not opened, because pickles "
+            "can run code. Save only model.state_dict()"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -197,6 +199,8 @@ def _read_torch(path: Path) -> Checkpoint:
 def _refuse_disguises(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(64).lstrip()
+    if not start:
+        raise CheckpointError(f"{path} is empty: copy or download it again")
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
     if start[:1] == b"<":

@@ -128,7 +128,7 @@ def fit(
         TrainingDivergedError: NaN or infinite loss or gradient; the last good state stays on disk.
         TrainingStoppedError: `should_stop` said so; the state is on disk.
     """
-    _check_match(model, data)
+    check_match(model, data)
     training = _Training(model, data, config, sparsity)
     if state_path and state_path.exists():
         training.restore(state_path)
@@ -281,19 +281,28 @@ class _Shuffle(Sampler[int]):
         yield from torch.randperm(self.size, generator=generator).tolist()
 
 
-def _check_match(model: nn.Module, data: Splits) -> None:
-    """Refuse data that the model cannot take, before any time is spent."""
-    sample = data.train.tensors[0][:2].to(next(model.parameters()).device)
+def check_match(model: nn.Module, data: Splits) -> None:
+    """Refuse data that the model cannot take, before any time is spent.
+
+    Raises:
+        SourceError: the model has no parameters, raises, returns no tensor, or has fewer outputs than classes.
+    """
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise SourceError("the model has no parameters: there is nothing to train or to make sparse")
+    sample = data.train.tensors[0][:2].to(parameter.device)
     training = model.training
     try:
         with torch.no_grad():
             outputs = model.eval()(sample)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # forward() is the user's own code, which may raise anything
         raise SourceError(
-            f"the model does not take the data's inputs of shape {tuple(sample.shape)}: {error}"
+            f"the model does not take the data's inputs of shape {tuple(sample.shape)}: {type(error).__name__}: {error}"
         ) from error
     finally:
         model.train(training)
+    if not isinstance(outputs, Tensor):
+        raise SourceError(f"the model returns a {type(outputs).__name__}: it must return one tensor, the class scores")
     classes = 1 + max(int(split.tensors[1].max()) for split in (data.train, data.test))
     if outputs.dim() != 2 or outputs.shape[1] < classes:
         raise SourceError(

@@ -1,17 +1,18 @@
 """Models and data by name, by `module:function`, or from a file."""
 
-import importlib
 import inspect
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+
+from tnm_pipeline.training.user_modules import import_user_module
 
 
 class SourceError(ValueError):
@@ -88,7 +89,7 @@ def load_model(source: str, arguments: Mapping[str, Any]) -> nn.Module:
         arguments: keyword arguments of the function.
 
     Raises:
-        SourceError: not found, or what came back is not an `nn.Module`.
+        SourceError: not found, it raised, or what came back is not an `nn.Module`.
     """
     model = _call(source, arguments, MODELS, "model")
     if not isinstance(model, nn.Module):
@@ -105,7 +106,7 @@ def load_data(source: str, arguments: Mapping[str, Any]) -> Splits:
         arguments: keyword arguments of the function.
 
     Raises:
-        SourceError: not found, malformed, NaN inputs, or targets that are not class indices.
+        SourceError: not found, it raised, malformed, NaN inputs, targets that are not class indices, or one class.
     """
     if source.endswith(".npz"):
         if arguments:
@@ -113,8 +114,8 @@ def load_data(source: str, arguments: Mapping[str, Any]) -> Splits:
         return _from_npz(Path(source))
     result = _call(source, arguments, DATA, "data")
     if isinstance(result, Splits):
-        return result
-    if isinstance(result, tuple) and len(result) == 4:
+        result = (*result.train.tensors, *result.test.tensors)
+    if isinstance(result, tuple | list) and len(result) == 4:
         return _splits(source, *result)
     raise SourceError(
         f"data source {source!r} returned a {type(result).__name__}: return Splits, or the tuple "
@@ -128,18 +129,23 @@ def _call(source: str, arguments: Mapping[str, Any], built_in: Mapping[str, Call
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
         raise SourceError(f"{kind} source {source!r} does not take {dict(arguments)}: {error}") from error
-    return function(**arguments)
+    try:
+        return function(**arguments)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise SourceError(f"{kind} source {source!r} raised {type(error).__name__}: {error}") from error
 
 
 def _function(source: str, kind: str, built_in: Mapping[str, Any] | None = None) -> Callable[..., Any]:
     module_name, separator, function_name = source.partition(":")
     if not separator or not all(part.isidentifier() for part in module_name.split(".")):
-        names = ", ".join(built_in or ())
+        names = ", ".join([*(built_in or ()), *(["an .npz file"] if kind == "data" else [])])
         raise SourceError(f"unknown {kind} source {source!r}: use {names} or module:function")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise SourceError(f"cannot import {kind} source {source!r}: {error}") from error
+        function = getattr(import_user_module(module_name), function_name)
+    except Exception as error:  # importing runs the user's own code, which may raise anything
+        raise SourceError(f"cannot import {kind} source {source!r}: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise SourceError(f"{kind} source {source!r} is a {type(function).__name__}, not a function")
     checked: Callable[..., Any] = function
@@ -152,10 +158,18 @@ def _existing(path: Path) -> Path:
     return path
 
 
+def _zip(file: BinaryIO) -> BinaryIO:
+    """The file, if it is an archive: of anything else numpy says that it may be loaded unsafely."""
+    if not zipfile.is_zipfile(file):
+        raise zipfile.BadZipFile("it is cut off, or not an archive of arrays; write it with numpy.savez")
+    file.seek(0)
+    return file
+
+
 def _from_npz(path: Path) -> Splits:
     try:
         # Opened here, because numpy leaves a file open that it cannot read.
-        with _existing(path).open("rb") as file, np.load(file) as arrays:
+        with _existing(path).open("rb") as file, np.load(_zip(file)) as arrays:
             names = ("x_train", "y_train", "x_test", "y_test")
             missing = [name for name in names if name not in arrays]
             if missing:
@@ -168,7 +182,13 @@ def _from_npz(path: Path) -> Splits:
 
 
 def _splits(source: str, x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Splits:
-    return Splits(_dataset(source, "train", x_train, y_train), _dataset(source, "test", x_test, y_test))
+    splits = Splits(_dataset(source, "train", x_train, y_train), _dataset(source, "test", x_test, y_test))
+    targets = splits.train.tensors[1]
+    if bool((targets == targets[0]).all()):
+        raise SourceError(
+            f"{source}: every train target is {int(targets[0])}: with one class there is nothing to learn"
+        )
+    return splits
 
 
 def _dataset(source: str, split: str, x: Any, y: Any) -> TensorDataset:
@@ -180,7 +200,7 @@ def _dataset(source: str, split: str, x: Any, y: Any) -> TensorDataset:
         raise SourceError(f"{source}: {split} targets must be class indices of shape (S,), got {_describe(targets)}")
     if inputs.dim() == 0 or len(inputs) == 0 or len(inputs) != len(targets):
         raise SourceError(
-            f"{source}: {split} has inputs {tuple(inputs.shape)} and {len(targets)} targets: want (S, ...)"
+            f"{source}: {split} has inputs {tuple(inputs.shape)} and {len(targets)} targets: want (S, ...) and S, S > 0"
         )
     if int(targets.min()) < 0:
         raise SourceError(f"{source}: {split} has the target {int(targets.min())}: class indices start at 0")

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tnm_pipeline.pipeline.cli import main
+
 SMALL = """
 [run]
 folder = "run"
@@ -51,10 +53,22 @@ def call(folder: Path, *arguments: str) -> Ended:
 
 
 @pytest.fixture
-def tnm(tmp_path: Path) -> Callable[..., Ended]:
-    """Call the command line in an empty folder that holds small.toml."""
+def tnm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Call the command line in this process, which is quicker, in an empty folder that holds small.toml."""
     (tmp_path / "small.toml").write_text(SMALL, encoding="utf-8")
-    return lambda *arguments: call(tmp_path, *arguments)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+    def call_here(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["tnm-pipeline", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), out, err)
+
+    return call_here
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ Tnm = Callable[..., Ended]
         (("run", "--config", "small.toml", "--model", "absent_module:function"), 3, "absent_module"),
         (("run", "--config", "small.toml", "--set", "sparsity.include=['nope*']"), 3, "not included by nope"),
         (("convert", "absent.safetensors", "--config", "small.toml"), 3, "does not exist"),
-        (("inspect", "absent.onnx"), 3, "does not exist"),
+        (("inspect", "absent.onnx"), 3, "is no file"),
         (("verify", "absent.plan"), 3, "absent.plan"),
         (("frobnicate",), 2, "No such command"),
     ],
@@ -194,10 +195,107 @@ def test_an_accuracy_gate_that_fails(small_run: Path, tmp_path: Path) -> None:
     ended = call(
         tmp_path / "copy",
         *("run", "--config", "small.toml", "--set", "run.routes=['convert']", "--set", "verify.max_drop=0"),
-        *("--set", "convert.method=magnitude", "--pattern", "1:4-T", "--set", "trt.enabled=false"),
+        *("--set", "convert.method=magnitude", "--pattern", "1:4-T", "--set", "trt.enabled=false", "--json"),
     )
     assert ended.code == 5, ended.err
     assert "points below dense" in ended.err
+    accuracy = ended.json()["stages"]["verify"]["result"]["accuracy"]  # what was measured is not lost
+    assert accuracy["onnx fp32"] < accuracy["dense"]
+    assert "points below dense" in (tmp_path / "copy/run/report.html").read_text(encoding="utf-8")
+
+
+USERS = """
+import torch
+from torch import nn
+
+class Two(nn.Linear):
+    def forward(self, x, y): return x + y
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+    def forward(self, x): return self.layer(x.flatten(1)), x
+
+class Asserts(Pair):
+    def forward(self, x): assert x.shape[1] == 99
+
+def two(): return Two(4, 4)
+def pair(): return Pair()
+def asserts(): return Asserts()
+def nothing(): return nn.Flatten()
+def raises(): raise KeyError("inside")
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("two", "missing 1 required positional argument"),
+        ("pair", "returns a tuple: it must return one tensor"),
+        ("asserts", "AssertionError"),
+        ("nothing", "no parameters"),
+        ("raises", "raised KeyError: 'inside'"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_no_bug_of_ours(tnm: Tnm, tmp_path: Path, model: str, said: str) -> None:
+    (tmp_path / "users_models.py").write_text(USERS, encoding="utf-8")
+    ended = tnm("train", "--model", f"users_models:{model}", "--data", "digits", "--folder", "out")
+    assert ended.code == 3, ended.err
+    assert said in ended.err
+    assert "bug" not in ended.err
+
+
+def test_given_weights_and_data_that_do_not_fit(tnm: Tnm, tmp_path: Path) -> None:
+    save_file(digits_cnn(4).state_dict(), tmp_path / "given.safetensors")
+    x, y = np.zeros((8, 3, 8, 8), np.float32), np.arange(8) % 4
+    np.savez(tmp_path / "colour.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    ended = tnm("convert", "given.safetensors", "--config", "small.toml", "--data", "colour.npz")
+    assert ended.code == 3, ended.err
+    assert "does not take the data's inputs of shape (2, 3, 8, 8)" in ended.err
+
+
+def test_converting_a_checkpoint_of_the_same_folder_does_not_destroy_it(
+    tnm: Tnm, small_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(small_run / "run", tmp_path / "run")
+    checkpoint = tmp_path / "run/dense/model.safetensors"
+    before = checkpoint.read_bytes()
+    ended = tnm("convert", "run/dense/model.safetensors", "--folder", "run")
+    assert ended.code == 2, ended.err
+    assert "--folder" in ended.err
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_corrupt_training_state_is_named(tnm: Tnm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("train", "--config", "small.toml")
+    with monkeypatch.context() as patch:
+        patch.setattr("tnm_pipeline.pipeline.learn.save_checkpoint", _stop)
+        assert tnm(*arguments).code == 130
+    state = tmp_path / "run/dense/state.safetensors"
+    state.write_bytes(state.read_bytes()[:-7])
+    ended = tnm(*arguments)
+    assert ended.code == 3, ended.err
+    assert "delete it to start over" in ended.err
+    state.unlink()
+    assert tnm(*arguments).code == 0
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_next_command_names_the_code_to_trust_and_can_be_pasted(tnm: Tnm, tmp_path: Path) -> None:
+    (tmp_path / "users_digits.py").write_text(
+        "from tnm_pipeline.training.sources import digits_mlp\ndef model():\n    return digits_mlp(8)\n",
+        encoding="utf-8",
+    )
+    given = ("--config", "small.toml", "--set", "model.args={}", "--model", "users_digits:model")
+    ended = tnm("train", *given, "--set", "train.epochs=1", "--folder", "a run")
+    assert ended.code == 0, ended.err
+    following = shlex.split(ended.out.rpartition("next: ")[2])
+    assert following[:3] == ["tnm-pipeline", "export", "a run/train/model.safetensors"]
+    assert following[following.index("--model") + 1] == "users_digits:model"
 
 
 def test_doctor_names_a_remedy_for_everything_that_does_not_work(tnm: Tnm) -> None:

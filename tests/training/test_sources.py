@@ -136,9 +136,18 @@ def test_data_of_another_form_is_refused(user_module: str) -> None:
 
 
 def test_an_error_inside_the_users_function_is_the_users(user_module: str) -> None:
-    """A TypeError in there is no wrong argument: its own traceback says more."""
-    with pytest.raises(TypeError, match="has no len"):
+    """A TypeError in there is no wrong argument; the traceback of the cause says where."""
+    with pytest.raises(SourceError, match=r"raised TypeError: .* has no len") as caught:
         load_model(f"{user_module}:broken", {})
+    assert isinstance(caught.value.__cause__, TypeError)
+    Path("syntax_error_here.py").write_text("def f(:")
+    with pytest.raises(SourceError, match=r"cannot import .* SyntaxError"):
+        load_model("syntax_error_here:f", {})
+
+
+def test_one_class_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="every train target is 2"):
+        load_data(written(tmp_path / "one.npz", arrays(y_train=np.full(6, 2))), {})
 
 
 # --- npz

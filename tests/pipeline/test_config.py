@@ -1,0 +1,102 @@
+"""Configurations: everything that is valid survives being written down; everything else is named by its place."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tnm_pipeline.pipeline.config import Config, load_config
+from tnm_pipeline.pipeline.errors import ConfigError
+from tnm_pipeline.training.pattern import PatternError
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
+VALUES = st.recursive(
+    st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+POSITIVE = st.integers(1, 10**6)
+TREES = st.fixed_dictionaries(
+    {},
+    optional={
+        "run": st.fixed_dictionaries(
+            {},
+            optional={
+                "folder": TEXT.filter(lambda text: "\0" not in text),
+                "routes": st.lists(
+                    st.sampled_from(["train", "convert", "convert-unstructured"]), min_size=1, max_size=3
+                ),
+                "seed": st.integers(0, 2**32 - 1),
+            },
+        ),
+        "model": st.fixed_dictionaries(
+            {}, optional={"source": TEXT, "args": st.dictionaries(TEXT, VALUES, max_size=3)}
+        ),
+        "sparsity": st.fixed_dictionaries(
+            {}, optional={"pattern": st.sampled_from(["2:4", "2:4-T", " 4:8 "]), "exclude": st.lists(TEXT, max_size=3)}
+        ),
+        "train": st.fixed_dictionaries(
+            {}, optional={"epochs": POSITIVE, "lr": st.floats(0, 10, exclude_min=True), "warmup": st.floats(0, 0.99)}
+        ),
+        "trt": st.fixed_dictionaries({}, optional={"batch": st.tuples(*[POSITIVE] * 3).map(sorted)}),
+        "verify": st.fixed_dictionaries({}, optional={"min_speedup": st.floats(0.1, 10)}),
+    },
+)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=TREES)
+def test_what_is_valid_survives_being_written_down(tmp_path: Path, tree: dict[str, Any]) -> None:
+    smallest, _, largest = tree.get("trt", {}).get("batch", (1, 8, 64))
+    tree.setdefault("verify", {})["latency_batch"] = min(max(8, smallest), largest)
+    config = Config.model_validate(tree)
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8", newline="")
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.epoch=3", "unknown key train.epoch: did you mean epochs?"),
+        ("nonsense=3", "unknown key nonsense; known here: run, model"),
+        ("train=3", "train = 3"),
+        ("=3", "unknown key"),
+        ("train.lr.deep=1", "train.lr"),
+        ("train.lr=nan", "train.lr = nan: .*finite"),
+        ("train.lr=-inf", "train.lr = -inf"),
+        ("train.lr=fast", "train.lr = 'fast'"),
+        ("run.seed=99999999999999999999", "run.seed"),
+        ("run.seed=-1", "run.seed = -1"),
+        ("run.routes=convert", "run.routes = 'convert': .*list"),
+        ("run.routes=[]", "run.routes = "),
+        ("model.args=3", "model.args = 3: .*table"),
+        ("model.args.x=nan", "model.args: only strings, finite numbers"),
+        ("model.args.when=2020-01-01", "model.args: only strings.*date"),
+        ("sparsity.include=[]", "sparsity.include"),
+        ("trt.batch=[4, 2, 8]", "^the configuration: trt: batch is"),
+        ("trt.batch=[1, 2]", "trt.batch"),
+        ("trt.compute_capabilities=['banana']", "trt.compute_capabilities.0 = 'banana'"),
+        ("trt.compute_capabilities=['8.0', '8.0']", "name each one once"),
+        ("verify.latency_batch=65", "^the configuration: verify.latency_batch = 65 is outside"),
+        ("export.opset=23", "export.opset = 23"),
+    ],
+)
+def test_what_is_not_valid_is_named_by_its_place(override: str, said: str) -> None:
+    with pytest.raises((ConfigError, PatternError), match=said) as caught:
+        load_config(None, [override])
+    assert len(str(caught.value)) < 250
+
+
+def test_later_overrides_win_and_options_win_over_all(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[train]\nepochs = 1\nlr = 0.5\n", encoding="utf-8")
+    config = load_config(path, ["train.epochs=2", "train.epochs=3", "run.seed=4"], {"run.seed": 5, "data.source": None})
+    assert (config.train.epochs, config.train.lr, config.run.seed, config.data.source) == (3, 0.5, 5, "")
+
+
+def test_a_value_needs_no_quotes_in_a_shell() -> None:
+    assert load_config(None, ["convert.method=adaprune"]).convert.method == "adaprune"
+    assert load_config(None, ["model.args.name=a=b"]).model.args == {"name": "a=b"}

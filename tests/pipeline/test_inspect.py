@@ -1,0 +1,55 @@
+"""What `inspect` and `verify` say of a file that is not what they hoped for."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tnm_pipeline.engines import ArtifactRejected
+from tnm_pipeline.pipeline.inspect import Facts, Row, inspect_file, verify_file
+from tnm_pipeline.training.checkpoint import CheckpointError
+
+
+def test_a_plan_without_its_manifest(small_run: Path, tmp_path: Path) -> None:
+    plan = Path(shutil.copy(small_run / "run/build/model.fp16.plan", tmp_path))
+    with pytest.raises(ArtifactRejected, match=r"model\.fp16\.plan\.manifest\.json is missing"):
+        inspect_file(plan, None)
+    with pytest.raises(ArtifactRejected, match=r"model\.fp16\.plan\.manifest\.json is missing"):
+        verify_file(plan, "onnxruntime")
+
+
+def test_a_plan_says_which_patterns_its_source_holds(small_run: Path) -> None:
+    facts = inspect_file(small_run / "run/build/model.fp16.plan", None)
+    assert any("'3': '2:4-T'" in line for line in facts.lines)
+
+
+def test_a_checkpoint_is_inspected_and_not_verified(small_run: Path) -> None:
+    with pytest.raises(ArtifactRejected, match="tnm-pipeline inspect"):
+        verify_file(small_run / "run/train/model.safetensors", "error")
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactRejected, match="is no file"):
+        inspect_file(tmp_path, None)
+
+
+def test_a_whole_model_names_the_class_that_it_would_run(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(4, 4), tmp_path / "whole.pt")
+    with pytest.raises(CheckpointError, match=r"\(torch\.nn\.modules\.linear\.Linear\) and was not opened"):
+        inspect_file(tmp_path / "whole.pt", None)
+
+
+def test_arrays_are_no_checkpoint(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.zeros(3))
+    with pytest.raises(CheckpointError, match="was not opened"):
+        inspect_file(tmp_path / "data.npz", None)
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets are markup to the printer, and `:smile:` an emoji, unless it is told."""
+    monkeypatch.setenv("COLUMNS", "120")
+    Facts("runs/[bold]x", [Row("[red]a:smile:", (4, 4), "2:4", 0.5, 0, 0, "[dim]")], ["[i]line"]).show()
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("runs/[bold]x", "[red]a:smile:", "[dim]", "[i]line"))

@@ -1,0 +1,112 @@
+"""The graph of stages: what each depends on, and nothing else."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tnm_pipeline.pipeline.config import load_config
+from tnm_pipeline.pipeline.errors import ConfigError
+from tnm_pipeline.pipeline.stages import Stage, needed_for, stages_of
+
+FOLDER = Path("run")
+
+
+def stages(*overrides: str, folder: Path = FOLDER) -> dict[str, Stage]:
+    given = ["model.source=digits-cnn", "data.source=digits", f"run.folder='{folder}'", *overrides]
+    return stages_of(load_config(None, given), folder)
+
+
+def changed(*overrides: str) -> set[str]:
+    """The stages whose own settings an override changes; those after them follow by the content of their inputs."""
+    before, after = stages(), stages(*overrides)
+    return {name for name in before if before[name].settings != after[name].settings}
+
+
+LEARNING = {"dense", "train", "prune", "convert", "convert-unstructured"}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.save_every=7", set[str]()),
+        ("verify.max_drop=50", set[str]()),
+        ("verify.min_speedup=2", set[str]()),
+        ("export.opset=19", {"export"}),
+        ("verify.latency_rounds=20", {"verify"}),
+        ("trt.batch=[1, 8, 32]", {"build"}),
+        ("train.recipe=static", {"train"}),
+        ("train.epochs=3", {"dense", "train"}),
+        ("convert.method=adaprune", {"convert", "convert-unstructured"}),
+        ("sparsity.pattern=2:4", LEARNING - {"dense"}),
+        ("model.args.channels=3", LEARNING | {"export", "verify"}),
+    ],
+)
+def test_a_setting_reaches_the_stages_that_read_it(override: str, expected: set[str]) -> None:
+    assert changed(override) == expected
+
+
+def test_the_folder_is_no_setting() -> None:
+    here, there = stages(), stages(folder=Path("elsewhere"))
+    for name, stage in here.items():
+        assert stage.settings == there[name].settings
+        relative = {label: path.relative_to(FOLDER) for label, path in stage.inputs.items()}
+        assert relative == {label: path.relative_to("elsewhere") for label, path in there[name].inputs.items()}
+
+
+def test_the_content_of_a_users_model_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = tmp_path / "mine.py"
+    source.write_text("def model(): ...")
+    before = stages("model.source=mine:model")["dense"].settings
+    source.write_text("def model(): ... # wider")
+    assert stages("model.source=mine:model")["dense"].settings != before
+
+
+def test_everything_comes_after_what_it_reads() -> None:
+    for overrides in ((), ("train.recipe=static",), ("run.routes=['convert-unstructured']",), ("trt.enabled=false",)):
+        graph = stages(*overrides)
+        seen: set[str] = set()
+        for name, stage in graph.items():
+            assert {path.relative_to(FOLDER).parts[0] for path in stage.inputs.values()} <= seen
+            seen.add(name)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ({"train"}, ["train"]),
+        ({"convert"}, ["dense", "convert"]),
+        ({"convert-unstructured"}, ["dense", "prune", "convert-unstructured"]),
+        ({"train", "dense"}, ["dense", "train"]),
+    ],
+)
+def test_only_what_a_target_needs_is_run(targets: set[str], expected: list[str]) -> None:
+    assert [stage.name for stage in needed_for(stages(), FOLDER, targets)] == expected
+
+
+def test_a_given_sparse_checkpoint_needs_no_learning() -> None:
+    assert list(stages("export.checkpoint=mine.safetensors")) == ["best", "export", "build", "verify"]
+
+
+def absolute(path: Path) -> str:
+    return str(path.absolute())
+
+
+def roundabout(path: Path) -> str:
+    return f"../{Path.cwd().name}/{path}"
+
+
+@pytest.mark.parametrize("spelled", [str, absolute, roundabout])
+def test_a_checkpoint_that_the_run_would_clear_away_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelled: Callable[[Any], str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = spelled(FOLDER / "dense/model.safetensors")
+    graph = stages(f"model.checkpoint='{given}'")
+    with pytest.raises(ConfigError, match="which this run writes anew"):
+        needed_for(graph, FOLDER, {"convert"})
+    graph = stages(f"export.checkpoint='{given}'")
+    assert needed_for(graph, FOLDER, {"verify"})  # exporting writes nothing there
