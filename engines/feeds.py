@@ -55,7 +55,7 @@ def _check_array(spec: TensorSpec, array: Array, sizes: dict[str, tuple[int, str
         low, _, high = spec.ranges.get(dim, (0, 0, size))
         if not low <= size <= high:
             raise FeedError(
-                f"input {name} has {dim} = {size} on axis {axis}, and the engine was built for {low} to "
+                f"input {name} has {dim} = {size} on axis {axis}, and the plan was built for {low} to "
                 f"{high}: split or pad it, or rebuild with a wider range"
             )
         known, owner = sizes.setdefault(dim, (size, name))

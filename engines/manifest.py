@@ -1,6 +1,6 @@
 """The facts beside an artifact: `<artifact file name>.manifest.json`, checked before any runtime sees a byte.
 
-An engine is native code and an ONNX file configures native code, so neither is handed to a runtime before
+A plan is native code and an ONNX file configures native code, so neither is handed to a runtime before
 its bytes match the SHA-256 recorded when it was written. The manifest's own digest catches edits and damage,
 not an attacker who can rewrite both files: it is a checksum, not a signature.
 """

@@ -24,21 +24,20 @@ def export_onnx(
     sample: Tensor,
     path: Path,
     *,
-    dynamic_batch: bool = True,
     opset: int = 20,
     input_name: str = "input",
     output_name: str = "output",
 ) -> None:
     """Export a module in eval mode; its parameters are not copied and its training flags are restored.
 
-    Batch norms after a convolution are folded into it. An initializer carries its torch parameter's name;
-    where a `Linear` on a 3-D input became `MatMul`, the name stays and the storage is the transpose (I, O).
+    Dimension 0 of input and output becomes `"batch"`. Batch norms after a convolution are folded into it. An
+    initializer carries its torch parameter's name; where a `Linear` on a 3-D input became `MatMul`, the name stays and
+    the storage is the transpose (I, O).
 
     Args:
         model: On the CPU, taking one tensor and returning one.
         sample: A valid input, shape (batch, ...); values do not matter.
         path: The file to write; its folder exists.
-        dynamic_batch: Dimension 0 of input and output becomes `"batch"`; otherwise it is `sample`'s.
         opset: ONNX opset; from 23 on the exporter emits `Attention`, which breaks fp32 TensorRT-RTX builds.
         input_name: Name of the graph's input.
         output_name: Name of the graph's output.
@@ -51,14 +50,14 @@ def export_onnx(
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     _check_state(state)
     # torch.export specialises a dimension of size 1 to the constant 1.
-    traced = sample.repeat(2, *[1] * (sample.ndim - 1)) if dynamic_batch and sample.shape[0] == 1 else sample
+    traced = sample.repeat(2, *[1] * (sample.ndim - 1)) if sample.shape[0] == 1 else sample
     with _eval_mode(model), _quiet():
         try:
             program = torch.onnx.export(
                 model,
                 (traced,),
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic_batch else None,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
                 opset_version=opset,
                 input_names=[input_name],
                 output_names=[output_name],
@@ -69,11 +68,10 @@ def export_onnx(
             reason = str(cause).strip().partition("\n")[0]
             raise ExportRejected(
                 f"torch cannot export {type(model).__name__} with input {tuple(traced.shape)}: {reason}. "
-                "Remove data-dependent control flow from forward(), or export with dynamic_batch=False"
+                "forward() must do the same for every batch: remove control flow that depends on data"
             ) from error
     assert program is not None  # only the TorchScript exporter returns None
-    if dynamic_batch:
-        _check_batch(program.model.graph.inputs[0], type(model).__name__)
+    _check_batch(program.model.graph.inputs[0], type(model).__name__)
     _restore_names(program.model.graph, state)
     _strip_metadata(program.model)
     publish_onnx(ir.to_proto(program.model), path)
@@ -103,7 +101,7 @@ def _check_batch(value: ir.Value, model: str) -> None:
     if isinstance(value.shape[0], int):
         raise ExportRejected(
             f"{model}.forward() works only for a batch of {value.shape[0]}: it uses a fixed size instead "
-            "of x.shape[0]. Change it, or export with dynamic_batch=False"
+            "of x.shape[0]. Change that"
         )
 
 

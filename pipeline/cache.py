@@ -114,21 +114,30 @@ class StageCache:
                 return None
         return record
 
-    def begin(self, name: str, key: str) -> Path:
-        """Clear what an earlier run left in the stage's folder; keep the state of an interrupted run of this key.
-
-        Returns:
-            The stage's folder, which exists.
+    def refuse_foreign_files(self, name: str) -> None:
+        """Make sure that a stage may write into its folder.
 
         Raises:
             ConfigError: the folder holds files that no run of ours made.
         """
-        record, marker, target = self._records / f"{name}.json", self._records / f"{name}.started", self.folder / name
+        record, marker, target = self._paths(name)
         if not record.exists() and not marker.exists() and target.exists() and any(target.iterdir()):
             raise ConfigError(
                 f"{target} holds files that tnm-pipeline did not write, and stage {name} would replace them: move them "
                 "away, or choose another folder with --folder"
             )
+
+    def _paths(self, name: str) -> tuple[Path, Path, Path]:
+        """The record of the finished stage, the marker of the started one, and the stage's folder."""
+        return self._records / f"{name}.json", self._records / f"{name}.started", self.folder / name
+
+    def begin(self, name: str, key: str) -> Path:
+        """Clear what an earlier run left in the stage's folder; keep the state of an interrupted run of this key.
+
+        Returns:
+            The stage's folder, which exists.
+        """
+        record, marker, target = self._paths(name)
         same_key = marker.exists() and marker.read_bytes() == key.encode()
         if not same_key:
             write_atomically(marker, b"")  # a kill while clearing must not make the rest look like a user's files

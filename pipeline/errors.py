@@ -32,7 +32,7 @@ class Stopped(RuntimeError):
 
 
 class LatencyGateFailed(RuntimeError):
-    """The sparse engine is slower than the configuration demands."""
+    """The sparse plan is slower than the configuration demands."""
 
 
 # By name, so that mapping an error never imports torch or a runtime that the command did not need.
@@ -77,7 +77,7 @@ def exit_code(error: BaseException) -> ExitCode:
 
 def explain(error: BaseException) -> str:
     """What to tell the user: our own errors say it themselves, those of the system need a next step."""
-    text = str(error) or type(error).__name__
+    text = "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
     code = exit_code(error)
     if code is ExitCode.BUG:
         return f"{type(error).__name__}: {text}\nThis is a bug: report what `tnm-pipeline --debug ...` prints"

@@ -16,7 +16,7 @@ from tnm_pipeline.pipeline.stages import CHECKPOINT, Context
 from tnm_pipeline.training.checkpoint import Checkpoint, load_into, read_checkpoint, save_checkpoint
 from tnm_pipeline.training.convert import convert as convert_model
 from tnm_pipeline.training.layout import to_gemm
-from tnm_pipeline.training.loop import FitConfig, Sparsity, check_match, evaluate, fit
+from tnm_pipeline.training.loop import FitConfig, SparseTraining, check_match, evaluate, fit
 from tnm_pipeline.training.masks.prune import prune_unstructured
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.recipes import recipe_named
@@ -58,15 +58,15 @@ def train(context: Context) -> dict[str, Any]:
     config = context.config
     model = model_from(config, context.inputs["dense"])[0] if "dense" in context.inputs else new_model(config)
     recipe = recipe_named(config.train.recipe)
-    return _fit(context, model, Sparsity(_pattern(config), recipe, _selection(config)))
+    return _fit(context, model, SparseTraining(_pattern(config), recipe, _selection(config)))
 
 
 def prune(context: Context) -> dict[str, Any]:
     """Make an unstructured checkpoint, as other tools leave them, for the conversion to start from."""
     config = context.config
     model, _ = model_from(config, context.inputs["dense"])
-    plan = select(model, _pattern(config), _selection(config))
-    sparsity = prune_unstructured(model, plan.chosen, config.convert.unstructured)
+    choice = select(model, _pattern(config), _selection(config))
+    sparsity = prune_unstructured(model, choice.chosen, config.convert.unstructured)
     _save(context, model, {}, {})
     return {"accuracy": evaluate(model, _data(config).test), "sparsity": sparsity}
 
@@ -99,7 +99,7 @@ def convert(context: Context) -> dict[str, Any]:
         "accuracy": evaluate(model, data.test),
         "method": config.convert.method,
         "layers": rows,
-        "skipped": conversion.plan.skipped,
+        "skipped": conversion.choice.skipped,
         "picture": _picture(conversion.masks),
     }
 
@@ -123,7 +123,7 @@ def take(context: Context) -> dict[str, Any]:
     return {"route": "given", "accuracy": evaluate(model, data.test), "candidates": {}}
 
 
-def _fit(context: Context, model: nn.Module, sparsity: Sparsity | None) -> dict[str, Any]:
+def _fit(context: Context, model: nn.Module, sparsity: SparseTraining | None) -> dict[str, Any]:
     config = context.config
     state = context.folder / STATE_FILE
     settings = config.train.model_dump(exclude={"recipe"})

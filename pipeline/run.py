@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -49,6 +50,7 @@ def execute(config: Config, targets: set[str] | None = None, *, console: Console
 
     Raises:
         RunLocked: another process works in the folder.
+        ConfigError: a stage's folder holds files that no run made.
         Stopped: Ctrl-C; everything done is on disk.
         Exception: whatever a stage raises; earlier stages stay done.
     """
@@ -57,12 +59,25 @@ def execute(config: Config, targets: set[str] | None = None, *, console: Console
         write_atomically(folder / "config.toml", config.to_toml().encode())
         stages = stages_of(config, folder)
         wanted = needed_for(stages, folder, targets if targets is not None else set(stages))
+        cache = StageCache(folder)
+        for stage in wanted:
+            cache.refuse_foreign_files(stage.name)
         try:
             with _progress(console) as progress:
-                done = _execute(config, wanted, StageCache(folder), progress, should_stop)
-        finally:
-            render(folder)  # also of a run that failed: it says how far it came
+                done = _execute(config, wanted, cache, progress, should_stop)
+        except BaseException as error:
+            _render_failed(folder, error)
+            raise
+        render(folder)
         return done
+
+
+def _render_failed(folder: Path, error: BaseException) -> None:
+    """A run that failed has a report too: how far it came. Trouble with it must not hide what failed."""
+    try:
+        render(folder)
+    except Exception as trouble:
+        error.add_note(f"the report was not written either: {trouble}")
 
 
 def _execute(

@@ -31,7 +31,7 @@ from scipy import stats  # type: ignore[import-untyped]  # ships without types; 
 from torch import nn
 
 from tnm_pipeline.export.environment import environment
-from tnm_pipeline.training.loop import FitConfig, FitResult, Sparsity, fit
+from tnm_pipeline.training.loop import FitConfig, FitResult, SparseTraining, fit
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.recipes import RECIPES
 from tnm_pipeline.training.sources import Splits, load_data, load_model
@@ -52,7 +52,7 @@ class Case:
     """
 
     name: str
-    sparsity: Sparsity | None = None
+    sparsity: SparseTraining | None = None
     lr_scale: float = 1.0
     from_dense: bool = False
 
@@ -61,9 +61,9 @@ SAME_RATE = "dense, rate of dynamic"
 CASES = (
     Case("dense"),
     Case(SAME_RATE, lr_scale=RECIPES["dynamic"].lr_scale),
-    Case("static 2:4-T", Sparsity(Pattern(2, 4, transposable=True), RECIPES["static"]), from_dense=True),
-    Case("dynamic 2:4-T", Sparsity(Pattern(2, 4, transposable=True), RECIPES["dynamic"])),
-    Case("dynamic 2:4", Sparsity(Pattern(2, 4), RECIPES["dynamic"])),
+    Case("static 2:4-T", SparseTraining(Pattern(2, 4, transposable=True), RECIPES["static"]), from_dense=True),
+    Case("dynamic 2:4-T", SparseTraining(Pattern(2, 4, transposable=True), RECIPES["dynamic"])),
+    Case("dynamic 2:4", SparseTraining(Pattern(2, 4), RECIPES["dynamic"])),
 )
 
 

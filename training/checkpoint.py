@@ -39,7 +39,8 @@ class Checkpoint:
     Attributes:
         tensors: the model's state_dict.
         masks: layer name -> bool mask of the weight's shape.
-        record: JSON-able facts: `model` (source and arguments), `pattern`, `route` ... Empty for foreign files.
+        record: JSON-able facts: `model` and `data` (source and arguments), `layers` (name -> pattern), `stage`.
+            Empty for foreign files.
     """
 
     tensors: dict[str, Tensor]

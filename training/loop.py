@@ -58,7 +58,7 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
-class Sparsity:
+class SparseTraining:
     """How a training becomes sparse: the arguments of a `Sparsifier`."""
 
     pattern: Pattern
@@ -103,7 +103,7 @@ def fit(
     data: Splits,
     config: FitConfig,
     *,
-    sparsity: Sparsity | None = None,
+    sparsity: SparseTraining | None = None,
     state_path: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -169,7 +169,7 @@ def evaluate(model: nn.Module, data: TensorDataset, batch_size: int = 1024) -> f
 class _Training:
     """A training under way: everything that `fit` needs to step, save, restore and finish."""
 
-    def __init__(self, model: nn.Module, data: Splits, config: FitConfig, sparsity: Sparsity | None) -> None:
+    def __init__(self, model: nn.Module, data: Splits, config: FitConfig, sparsity: SparseTraining | None) -> None:
         set_seed(config.seed)
         self.model, self.data, self.config = model, data, config
         # Every process takes its share of each batch, so that batch_size means the same for any number of them.

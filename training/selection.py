@@ -29,7 +29,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Choice:
     """What a selection means for one model.
 
     Attributes:
@@ -41,7 +41,7 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def select(model: nn.Module, pattern: Pattern, selection: Selection | None = None) -> Plan:
+def select(model: nn.Module, pattern: Pattern, selection: Selection | None = None) -> Choice:
     """Decide layer by layer. A weight that several modules share stays dense: some of them would not mask it.
 
     Args:
@@ -50,7 +50,7 @@ def select(model: nn.Module, pattern: Pattern, selection: Selection | None = Non
         selection: the rules; default: every layer but the last.
 
     Returns:
-        The plan, printable before any work is done.
+        The choice, printable before any work is done.
 
     Raises:
         SelectionError: nothing is left to make sparse; the message lists the reasons.
@@ -73,7 +73,7 @@ def select(model: nn.Module, pattern: Pattern, selection: Selection | None = Non
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "no Linear or Conv2d layer"
         raise SelectionError(f"no layer can become {pattern}: {reasons}")
-    return Plan(tuple(chosen), skipped)
+    return Choice(tuple(chosen), skipped)
 
 
 def _users_of_weights(model: nn.Module) -> dict[int, list[str]]:

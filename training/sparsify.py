@@ -86,12 +86,12 @@ class Sparsifier:
         self.model = model
         self.pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
         self.recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
-        self.plan = select(model, self.pattern, selection)
+        self.choice = select(model, self.pattern, selection)
         self.total_steps = total_steps
         self.solver: Solver = solver
         self.step = 0
         self.flip_rates: list[tuple[int, float]] = []
-        masks = {name: self._solve(name) for name in self.plan.chosen}  # all of them, before the model changes
+        masks = {name: self._solve(name) for name in self.choice.chosen}  # all of them, before the model changes
         self._layers: dict[str, SparseLayer] = {
             name: make_sparse(model.get_submodule(name), mask) for name, mask in masks.items()
         }
@@ -176,7 +176,7 @@ class Sparsifier:
         kept = {name: kept_magnitude(layer.weight, layer.mask) for name, layer in self._layers.items()}
         masks = {name: make_plain(layer) for name, layer in self._layers.items()}
         self._layers = {}
-        return report_layers(self.model, self.pattern, kept, self.plan.skipped), masks
+        return report_layers(self.model, self.pattern, kept, self.choice.skipped), masks
 
 
 def _do_nothing(*_: Any) -> None:

@@ -83,9 +83,10 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, 
         state.setdefault(int(index), {}).update(values)
     optimizer.load_state_dict({"state": state, "param_groups": record["optimizer"]["param_groups"]})
     torch.set_rng_state(tensors["rng/torch"])
-    cuda = [tensors[name] for name in sorted(tensors) if name.startswith("rng/cuda/")]
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda)
+    if torch.cuda.is_available():
+        for device in range(torch.cuda.device_count()):
+            if f"rng/cuda/{device}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"rng/cuda/{device}"], device)
     version, internal, gauss = record["rng"]["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(record["rng"]["numpy"])  # noqa: NPY002  # as in save_state

@@ -57,8 +57,8 @@ def test_missing_and_unexpected_names_come_in_one_message() -> None:
         ("image", np.zeros(3, np.float32), "has 1 dimensions (3,), the model takes 2: (batch, 3)"),
         ("image", np.zeros((2, 4), np.float32), "has size 4 on axis 1, the model takes 3"),
         ("image", np.zeros((3, 3), np.float32), "batch is 2 in input ids and 3 in input image (axis 0)"),
-        ("ids", np.zeros((2, 1), np.int64), "has tokens = 1 on axis 1, and the engine was built for 2 to 16"),
-        ("ids", np.zeros((9, 5), np.int64), "has batch = 9 on axis 0, and the engine was built for 1 to 8"),
+        ("ids", np.zeros((2, 1), np.int64), "has tokens = 1 on axis 1, and the plan was built for 2 to 16"),
+        ("ids", np.zeros((9, 5), np.int64), "has batch = 9 on axis 0, and the plan was built for 1 to 8"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_both_sides(name: str, value: object, complaint: str) -> None:

@@ -87,12 +87,6 @@ def test_exporter_is_quiet_and_flags_are_restored(
     assert [module.training for module in model.modules()] == [True, True, False]
 
 
-def test_static_batch(tmp_path: Path) -> None:
-    export_onnx(nn.Linear(4, 4), torch.zeros(3, 4), tmp_path / "model.onnx", dynamic_batch=False)
-    shape = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape
-    assert [dim.dim_value for dim in shape.dim] == [3, 4]
-
-
 class FixedBatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(2, 4) * 2

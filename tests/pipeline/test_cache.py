@@ -92,7 +92,7 @@ def test_files_that_no_run_made_are_left_alone(cache: StageCache, tmp_path: Path
     mine.parent.mkdir()
     mine.write_text("precious")
     with pytest.raises(ConfigError, match="--folder"):
-        cache.begin("stage", "key")
+        cache.refuse_foreign_files("stage")
     assert mine.read_text() == "precious"
     assert not (tmp_path / ".cache").exists()
 
@@ -111,6 +111,7 @@ def test_a_kill_while_clearing_leaves_a_folder_that_is_still_ours(
             cache.begin("stage", "other key")
     assert (target / "sub").exists()
     assert cache.find("stage", "key") is None
+    cache.refuse_foreign_files("stage")
     cache.begin("stage", "other key")
     assert not list(target.iterdir())
 

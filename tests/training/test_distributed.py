@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from tnm_pipeline.training.loop import FitConfig, Sparsity, fit
+from tnm_pipeline.training.loop import FitConfig, SparseTraining, fit
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.recipes import Recipe
 from tnm_pipeline.training.sources import Splits, digits
@@ -23,7 +23,7 @@ torch.manual_seed(0)
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
 data = digits()
 few = Splits(TensorDataset(*data.train[:256]), data.test)
-sparsity = Sparsity(Pattern(2, 4, transposable=True), Recipe("mine", refresh_every=3, decay=1e-3))
+sparsity = SparseTraining(Pattern(2, 4, transposable=True), Recipe("mine", refresh_every=3, decay=1e-3))
 result = fit(model, few, FitConfig(epochs=3, batch_size=32), sparsity=sparsity)
 rank = int(__import__("os").environ.get("RANK", 0))
 facts = {

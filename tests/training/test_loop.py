@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 from tnm_pipeline.training.loop import (
     FitConfig,
     FitResult,
-    Sparsity,
+    SparseTraining,
     TrainingDivergedError,
     TrainingStoppedError,
     evaluate,
@@ -29,7 +29,7 @@ from tnm_pipeline.training.sources import Splits, digits, digits_cnn, digits_mlp
 
 # 230 samples: 7 steps an epoch, 6 samples left out of each; 28 steps in all; masks change at 3, 6, 9, ... 18
 CONFIG = FitConfig(epochs=4, batch_size=32, save_every=5)
-DYNAMIC = Sparsity(Pattern(2, 4, transposable=True), Recipe("mine", 3, decay=5e-3, freeze_at=0.7, lr_scale=2.0))
+DYNAMIC = SparseTraining(Pattern(2, 4, transposable=True), Recipe("mine", 3, decay=5e-3, freeze_at=0.7, lr_scale=2.0))
 
 
 def few() -> Splits:
@@ -65,7 +65,7 @@ class Outcome:
         assert self.result.accuracy == other.result.accuracy
 
 
-def run(sparsity: Sparsity | None, state: Path | None = None, stop_at: int | None = None) -> Outcome:
+def run(sparsity: SparseTraining | None, state: Path | None = None, stop_at: int | None = None) -> Outcome:
     model, steps = net(), [0]
 
     def on_step(done: int, _: int) -> None:
@@ -79,19 +79,19 @@ def run(sparsity: Sparsity | None, state: Path | None = None, stop_at: int | Non
 
 
 @pytest.fixture(scope="module", params=[None, DYNAMIC], ids=["dense", "dynamic"])
-def sparsity(request: pytest.FixtureRequest) -> Sparsity | None:
-    chosen: Sparsity | None = request.param
+def sparsity(request: pytest.FixtureRequest) -> SparseTraining | None:
+    chosen: SparseTraining | None = request.param
     return chosen
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(sparsity: Sparsity | None) -> Outcome:
+def uninterrupted(sparsity: SparseTraining | None) -> Outcome:
     return run(sparsity)
 
 
 @pytest.mark.parametrize("stop_at", [10, 14, 18, 28], ids=["mid-epoch", "epoch end", "at a refresh", "last step"])
 def test_a_stopped_training_goes_on_bit_for_bit(
-    tmp_path: Path, sparsity: Sparsity | None, uninterrupted: Outcome, stop_at: int
+    tmp_path: Path, sparsity: SparseTraining | None, uninterrupted: Outcome, stop_at: int
 ) -> None:
     state = tmp_path / "state.safetensors"
     with pytest.raises(TrainingStoppedError, match=f"stopped after step {stop_at} of 28"):
@@ -100,7 +100,9 @@ def test_a_stopped_training_goes_on_bit_for_bit(
     run(sparsity, state).assert_same(uninterrupted)
 
 
-def test_stopping_twice_is_no_different(tmp_path: Path, sparsity: Sparsity | None, uninterrupted: Outcome) -> None:
+def test_stopping_twice_is_no_different(
+    tmp_path: Path, sparsity: SparseTraining | None, uninterrupted: Outcome
+) -> None:
     state = tmp_path / "state.safetensors"
     for stop_at in (4, 16):
         with pytest.raises(TrainingStoppedError):
@@ -108,7 +110,7 @@ def test_stopping_twice_is_no_different(tmp_path: Path, sparsity: Sparsity | Non
     run(sparsity, state).assert_same(uninterrupted)
 
 
-def test_saving_changes_nothing(tmp_path: Path, sparsity: Sparsity | None, uninterrupted: Outcome) -> None:
+def test_saving_changes_nothing(tmp_path: Path, sparsity: SparseTraining | None, uninterrupted: Outcome) -> None:
     run(sparsity, tmp_path / "state.safetensors").assert_same(uninterrupted)
 
 
@@ -132,7 +134,7 @@ def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_equal_seeds_give_equal_weights_and_other_seeds_do_not(
-    uninterrupted: Outcome, sparsity: Sparsity | None
+    uninterrupted: Outcome, sparsity: SparseTraining | None
 ) -> None:
     run(sparsity).assert_same(uninterrupted)
     model = net()
@@ -140,7 +142,7 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_do_not(
     assert not torch.equal(model.state_dict()["4.weight"], uninterrupted.weights["4.weight"])
 
 
-def test_curves_and_steps(uninterrupted: Outcome, sparsity: Sparsity | None) -> None:
+def test_curves_and_steps(uninterrupted: Outcome, sparsity: SparseTraining | None) -> None:
     history = uninterrupted.result.history
     assert [step for step, _ in history.loss] == [step for step, _ in history.accuracy] == [7, 14, 21, 28]
     assert history.loss[-1][1] < history.loss[0][1]
@@ -156,7 +158,9 @@ def test_digits_are_learned(build: Callable[[], nn.Module], recipe: str | None) 
     torch.manual_seed(0)
     model = build()
     pattern = Pattern(2, 4, transposable=True)
-    result = fit(model, digits(), FitConfig(epochs=5), sparsity=Sparsity(pattern, RECIPES[recipe]) if recipe else None)
+    result = fit(
+        model, digits(), FitConfig(epochs=5), sparsity=SparseTraining(pattern, RECIPES[recipe]) if recipe else None
+    )
     assert result.accuracy > 0.7  # chance is 0.1
     assert not model.training
     assert evaluate(model, digits().test) == result.accuracy

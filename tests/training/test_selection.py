@@ -19,18 +19,18 @@ def three() -> nn.Sequential:
 
 
 def test_all_but_the_last_by_default() -> None:
-    plan = select(three(), PATTERN)
-    assert plan.chosen == ("0", "1")
-    assert plan.skipped == {"2": "last layer, kept dense (keep_last = true)"}
+    choice = select(three(), PATTERN)
+    assert choice.chosen == ("0", "1")
+    assert choice.skipped == {"2": "last layer, kept dense (keep_last = true)"}
     assert select(three(), PATTERN, EVERYTHING).chosen == ("0", "1", "2")
 
 
 def test_globs_include_and_exclude() -> None:
     model = nn.ModuleDict({"encoder": three(), "decoder": three()})
-    plan = select(model, PATTERN, Selection(include=("encoder.*",), exclude=("*.1",)))
-    assert plan.chosen == ("encoder.0", "encoder.2")
-    assert plan.skipped["encoder.1"] == "excluded by *.1"
-    assert plan.skipped["decoder.0"] == "not included by encoder.*"
+    choice = select(model, PATTERN, Selection(include=("encoder.*",), exclude=("*.1",)))
+    assert choice.chosen == ("encoder.0", "encoder.2")
+    assert choice.skipped["encoder.1"] == "excluded by *.1"
+    assert choice.skipped["decoder.0"] == "not included by encoder.*"
 
 
 class Subclassed(nn.Linear):
@@ -49,9 +49,9 @@ class Subclassed(nn.Linear):
     ],
 )
 def test_a_layer_that_cannot_be_sparse_is_skipped_with_the_reason(layer: nn.Module, reason: str) -> None:
-    plan = select(nn.Sequential(layer, nn.Linear(8, 8), nn.Linear(8, 2)), PATTERN)
-    assert plan.chosen == ("1",)
-    assert reason in plan.skipped["0"]
+    choice = select(nn.Sequential(layer, nn.Linear(8, 8), nn.Linear(8, 2)), PATTERN)
+    assert choice.chosen == ("1",)
+    assert reason in choice.skipped["0"]
 
 
 def test_outputs_need_not_be_a_multiple() -> None:
@@ -61,32 +61,32 @@ def test_outputs_need_not_be_a_multiple() -> None:
 def test_the_projection_of_attention_is_skipped() -> None:
     """Attention reads out_proj.weight itself: a mask in the layer's forward would be ignored."""
     model = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
-    plan = select(model, PATTERN, EVERYTHING)
-    assert plan.chosen == ("linear1", "linear2")
-    assert "NonDynamicallyQuantizableLinear" in plan.skipped["self_attn.out_proj"]
+    choice = select(model, PATTERN, EVERYTHING)
+    assert choice.chosen == ("linear1", "linear2")
+    assert "NonDynamicallyQuantizableLinear" in choice.skipped["self_attn.out_proj"]
 
 
 def test_a_weight_that_two_modules_share_stays_dense() -> None:
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
     model["b"].weight = model["a"].weight
-    plan = select(model, PATTERN, EVERYTHING)
-    assert plan.chosen == ("c",)
-    assert plan.skipped == {"a": "shares its weight with b", "b": "shares its weight with a"}
+    choice = select(model, PATTERN, EVERYTHING)
+    assert choice.chosen == ("c",)
+    assert choice.skipped == {"a": "shares its weight with b", "b": "shares its weight with a"}
 
 
 def test_a_weight_that_is_an_embedding_too_stays_dense() -> None:
     model = nn.ModuleDict({"words": nn.Embedding(12, 8), "mix": nn.Linear(8, 8), "head": nn.Linear(8, 12)})
     model["head"].weight = model["words"].weight
-    plan = select(model, PATTERN, EVERYTHING)
-    assert plan.chosen == ("mix",)
-    assert plan.skipped == {"head": "shares its weight with words"}
+    choice = select(model, PATTERN, EVERYTHING)
+    assert choice.chosen == ("mix",)
+    assert choice.skipped == {"head": "shares its weight with words"}
 
 
 def test_one_layer_under_two_names_is_decided_once() -> None:
     layer = nn.Linear(8, 8)
-    plan = select(nn.Sequential(layer, nn.ReLU(), layer), PATTERN, EVERYTHING)
-    assert plan.chosen == ("0",)
-    assert plan.skipped == {}
+    choice = select(nn.Sequential(layer, nn.ReLU(), layer), PATTERN, EVERYTHING)
+    assert choice.chosen == ("0",)
+    assert choice.skipped == {}
 
 
 def test_nothing_left_is_an_error_that_lists_the_reasons() -> None:

@@ -22,7 +22,7 @@ from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.layout import PRUNABLE, from_gemm, to_gemm
 from tnm_pipeline.training.masks import Solver, count_violations, kept_magnitude, solve
 from tnm_pipeline.training.pattern import Pattern
-from tnm_pipeline.training.selection import Plan, Selection, select
+from tnm_pipeline.training.selection import Choice, Selection, select
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Conversion:
     Attributes:
         layers: in the order of execution, which is the order of conversion.
         masks: layer name -> bool, shape of the weight, `True` = kept.
-        plan: the layers chosen, and why the others were not.
+        choice: the layers chosen, and why the others were not.
         batch_norms: how many were re-tuned.
     """
 
     layers: list[ConvertedLayer]
     masks: dict[str, Tensor]
-    plan: Plan
+    choice: Choice
     batch_norms: int
 
     @property
@@ -87,7 +87,7 @@ class Conversion:
         """For JSON; masks are left out: they are the non-zeros of the weights."""
         return {
             "layers": [layer.to_dict() for layer in self.layers],
-            "skipped": dict(self.plan.skipped),
+            "skipped": dict(self.choice.skipped),
             "mean_error": self.mean_error,
             "batch_norms": self.batch_norms,
         }
@@ -139,16 +139,16 @@ def convert(
     if method not in METHODS:
         raise ValueError(f"unknown conversion method {method!r}: choose one of {', '.join(METHODS)}")
     check_batches(batches)
-    plan = select(model, pattern, selection)
+    choice = select(model, pattern, selection)
     if reference is None:
         reference = copy.deepcopy(model)
-    _check_reference(reference, model, plan)
+    _check_reference(reference, model, choice)
     layers: list[ConvertedLayer] = []
     masks: dict[str, Tensor] = {}
     norms = 0
     with evaluating(model, reference):
-        order = execution_order(model, plan.chosen, batches[0])
-        plan = _without_idle(plan, order)
+        order = execution_order(model, choice.chosen, batches[0])
+        choice = _without_idle(choice, order)
         for name, calls in order.items():
             objective = collect(reference, model, name, batches, calls=calls, sequential=sequential)
             layer = prunable_layer(model, name)
@@ -161,7 +161,7 @@ def convert(
                 norms = retune(model, batches)
             if on_layer is not None:
                 on_layer(name, len(layers), len(order))
-    return Conversion(layers, masks, plan, norms)
+    return Conversion(layers, masks, choice, norms)
 
 
 def _convert_layer(
@@ -202,10 +202,10 @@ def _convert_layer(
     )
 
 
-def _check_reference(reference: nn.Module, model: nn.Module, plan: Plan) -> None:
+def _check_reference(reference: nn.Module, model: nn.Module, choice: Choice) -> None:
     """Refuse a reference without the chosen layers, before any work is done."""
     theirs = {name: module.weight.shape for name, module in reference.named_modules() if isinstance(module, PRUNABLE)}
-    for name in plan.chosen:
+    for name in choice.chosen:
         shape = prunable_layer(model, name).weight.shape
         if theirs.get(name) != shape:
             other = f"has shape {tuple(theirs[name])}" if name in theirs else "is absent"
@@ -215,13 +215,13 @@ def _check_reference(reference: nn.Module, model: nn.Module, plan: Plan) -> None
             )
 
 
-def _without_idle(plan: Plan, order: dict[str, int]) -> Plan:
+def _without_idle(choice: Choice, order: dict[str, int]) -> Choice:
     """Move the chosen layers that never run to the skipped ones.
 
     Raises:
         ValueError: none is left.
     """
-    idle = {name: "never called on the first calibration batch" for name in plan.chosen if name not in order}
+    idle = {name: "never called on the first calibration batch" for name in choice.chosen if name not in order}
     if not order:
         raise ValueError(f"none of the chosen layers runs on the calibration data: {', '.join(idle)}")
-    return Plan(tuple(name for name in plan.chosen if name in order), plan.skipped | idle)
+    return Choice(tuple(name for name in choice.chosen if name in order), choice.skipped | idle)

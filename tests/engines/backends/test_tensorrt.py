@@ -229,7 +229,7 @@ print(held())
     for line, start in zip(
         lines,
         [
-            "FeedError input input has batch = 9 on axis 0, and the engine was built for 1 to 8",
+            "FeedError input input has batch = 9 on axis 0, and the plan was built for 1 to 8",
             "FeedError TensorRT refuses input input of shape (6, 8): six is right out",
             "ArtifactRejected the shape of output output is (-1, 8): it depends on the data",
             "EnvironmentLacks TensorRT did not run model.plan: it gives no reason",

@@ -166,8 +166,8 @@ def test_idle_layers_are_skipped_with_a_reason() -> None:
     model.register_module("idle", nn.Identity())
     model[5].register_module("unused", nn.Linear(16, 16))
     conversion = convert(model, Pattern(2, 4), vectors(), selection=ALL)
-    assert "never called" in conversion.plan.skipped["idle.unused"]
-    assert conversion.plan.chosen == ("0", "2", "4")
+    assert "never called" in conversion.choice.skipped["idle.unused"]
+    assert conversion.choice.chosen == ("0", "2", "4")
 
 
 def test_only_idle_layers_are_refused() -> None:
