@@ -1,7 +1,8 @@
 """Production inference: load a verified artifact and run it. Imports neither torch nor a sibling package."""
 
+from tnm_pipeline.engines.artifact import verify_artifact, write_manifest
 from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks, FeedError, SessionClosed
-from tnm_pipeline.engines.manifest import Manifest, TensorSpec, verify_artifact, write_manifest
+from tnm_pipeline.engines.manifest import Manifest, TensorSpec
 from tnm_pipeline.engines.session import Session, load
 
 __all__ = [

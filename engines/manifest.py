@@ -1,35 +1,21 @@
-"""The facts beside an artifact: `<artifact file name>.manifest.json`, checked before any runtime sees a byte.
+"""The facts that stand beside an artifact, and their JSON form.
 
-A plan is native code and an ONNX file configures native code, so neither is handed to a runtime before
-its bytes match the SHA-256 recorded when it was written. The manifest's own digest catches edits and damage,
-not an attacker who can rewrite both files: it is a checksum, not a signature.
+The manifest's own digest catches edits and damage, not an attacker who can rewrite manifest and artifact: it is a
+checksum, not a signature.
 """
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath, PureWindowsPath
 
 from tnm_pipeline.engines import decode
 from tnm_pipeline.engines.errors import ArtifactRejected
 from tnm_pipeline.engines.tensors import TensorSpec, tensor_spec
 
-__all__ = [
-    "BACKENDS",
-    "PRECISIONS",
-    "SCHEMA",
-    "Manifest",
-    "TensorSpec",
-    "manifest_path",
-    "read_manifest",
-    "read_verified",
-    "sha256_of",
-    "verify_artifact",
-    "write_manifest",
-]
+__all__ = ["BACKENDS", "PRECISIONS", "SCHEMA", "Manifest", "TensorSpec"]
 
 SCHEMA = 1
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
@@ -176,136 +162,6 @@ class Manifest:
             driver=decode.optional(record["driver"], "driver", decode.text),
             sparsity=decode.mapping(record["sparsity"], "sparsity"),
         )
-
-
-def manifest_path(artifact: Path) -> Path:
-    """Where the manifest of `artifact` lives: beside it, with `.manifest.json` appended."""
-    return artifact.with_name(artifact.name + ".manifest.json")
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hex digits, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_manifest(artifact: Path, manifest: Manifest) -> Path:
-    """Write the manifest beside its artifact; a kill leaves the old file or the new one, never half of one.
-
-    Args:
-        artifact: The file that `manifest` describes; it need not exist yet.
-        manifest: What to write.
-
-    Returns:
-        The path written.
-
-    Raises:
-        ArtifactRejected: `manifest.artifact` is another file name.
-        OSError: The folder is missing, read-only or full.
-    """
-    decode.require(
-        manifest.artifact == artifact.name,
-        f"a manifest of {manifest.artifact!r} cannot describe {artifact.name!r}",
-    )
-    target = manifest_path(artifact)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
-
-
-def read_manifest(artifact: Path) -> Manifest:
-    """Read the manifest beside `artifact` without looking at the artifact's bytes.
-
-    Args:
-        artifact: The file that the manifest describes.
-
-    Returns:
-        A manifest whose digest, schema and types hold and whose `artifact` is this file's name.
-
-    Raises:
-        ArtifactRejected: The manifest is missing, unreadable, edited, or describes another file.
-    """
-    path = manifest_path(artifact)
-    try:
-        manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
-        decode.require(manifest.artifact == artifact.name, f"describes {manifest.artifact!r}, not {artifact.name!r}")
-    except FileNotFoundError as error:
-        raise ArtifactRejected(
-            f"{path} is missing, so {artifact.name} cannot be trusted. {_rebuild(artifact)}"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactRejected(f"{path} cannot be read: {error}. {_rebuild(artifact)}") from error
-    except ArtifactRejected as error:
-        raise ArtifactRejected(f"{path}: {error}. {_rebuild(artifact)}") from error
-    return manifest
-
-
-def verify_artifact(artifact: Path) -> Manifest:
-    """Check an artifact against the manifest beside it.
-
-    Args:
-        artifact: An ONNX file or a plan.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        ArtifactRejected: Either file is missing, the manifest does not hold, or size or SHA-256 differ (both
-            sides are named).
-        OSError: The artifact cannot be read.
-    """
-    manifest = _manifest_of_existing(artifact)
-    _match(artifact, manifest, artifact.stat().st_size, lambda: sha256_of(artifact))
-    return manifest
-
-
-def read_verified(artifact: Path) -> tuple[Manifest, bytes]:
-    """Like `verify_artifact`, returning the very bytes that were hashed: nobody can swap the file in between.
-
-    Args:
-        artifact: An ONNX file or a plan.
-
-    Returns:
-        The manifest and the content of the artifact.
-
-    Raises:
-        ArtifactRejected: As `verify_artifact`.
-        OSError: The artifact cannot be read.
-    """
-    manifest = _manifest_of_existing(artifact)
-    content = artifact.read_bytes()
-    _match(artifact, manifest, len(content), lambda: hashlib.sha256(content).hexdigest())
-    return manifest, content
-
-
-def _manifest_of_existing(artifact: Path) -> Manifest:
-    decode.require(artifact.is_file(), f"{artifact} is not a file. {_rebuild(artifact)}")
-    return read_manifest(artifact)
-
-
-def _match(artifact: Path, manifest: Manifest, size: int, sha256: Callable[[], str]) -> None:
-    """Compare size, then hash: the size is cheaper and names a truncation for what it is."""
-    decode.require(
-        size == manifest.bytes,
-        f"{artifact} has {size} bytes, its manifest states {manifest.bytes}. {_rebuild(artifact)}",
-    )
-    actual = sha256()
-    decode.require(
-        actual == manifest.sha256,
-        f"{artifact} has sha256 {actual}, its manifest states {manifest.sha256}. {_rebuild(artifact)}",
-    )
-
-
-def _rebuild(artifact: Path) -> str:
-    command = "tnm-pipeline export" if artifact.suffix == ".onnx" else "tnm-pipeline export --trt"
-    return f"Write both files again with `{command}`, or copy them together from where they were written"
 
 
 def _canonical(record: Mapping[str, object]) -> str:

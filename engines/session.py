@@ -5,11 +5,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from tnm_pipeline.engines.artifact import read_verified
 from tnm_pipeline.engines.backends import Array, Backend
 from tnm_pipeline.engines.driver import probe
 from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks, SessionClosed
 from tnm_pipeline.engines.feeds import check_feeds
-from tnm_pipeline.engines.manifest import Manifest, TensorSpec, read_verified
+from tnm_pipeline.engines.manifest import Manifest, TensorSpec
 
 FALLBACKS = ("error", "onnxruntime")
 DEVICES = ("auto", "cpu", "cuda")

@@ -7,7 +7,8 @@ import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no types
 
-from tnm_pipeline.engines.manifest import Manifest, TensorSpec, sha256_of
+from tnm_pipeline.engines.artifact import sha256_of
+from tnm_pipeline.engines.manifest import Manifest, TensorSpec
 from tnm_pipeline.export.errors import ExportRejected
 from tnm_pipeline.training.atomic import write_atomically
 

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import onnx
 
+from tnm_pipeline.engines.artifact import sha256_of, write_manifest
 from tnm_pipeline.engines.driver import Driver, probe
 from tnm_pipeline.engines.errors import EnvironmentLacks
-from tnm_pipeline.engines.manifest import Manifest, sha256_of, write_manifest
+from tnm_pipeline.engines.manifest import Manifest
 from tnm_pipeline.export.artifacts import read_onnx, tensor_specs
 from tnm_pipeline.export.build_log import BuildLog
 from tnm_pipeline.export.errors import BuildFailed, ExportRejected

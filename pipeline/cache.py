@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from tnm_pipeline.engines.artifact import sha256_of
 from tnm_pipeline.pipeline.errors import FULL, ConfigError, RunLocked
 from tnm_pipeline.training.atomic import write_atomically
 from tnm_pipeline.training.user_modules import files_behind
@@ -160,12 +161,6 @@ class StageCache:
         write_atomically(self._records / f"{name}.json", json.dumps(vars(record), indent=2, sort_keys=True).encode())
         (self._records / f"{name}.started").unlink()
         return record
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache

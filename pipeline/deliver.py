@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tnm_pipeline.engines import EnvironmentLacks, Session, load
-from tnm_pipeline.engines.manifest import PRECISIONS, read_manifest, sha256_of, write_manifest
+from tnm_pipeline.engines.artifact import read_manifest, sha256_of, write_manifest
+from tnm_pipeline.engines.manifest import PRECISIONS
 from tnm_pipeline.export.artifacts import onnx_manifest
 from tnm_pipeline.export.errors import ExportRejected
 from tnm_pipeline.export.half import to_fp16

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tnm_pipeline.engines import ArtifactRejected, Manifest, TensorSpec, load
-from tnm_pipeline.engines.manifest import manifest_path, read_manifest, verify_artifact
+from tnm_pipeline.engines.artifact import manifest_path, read_manifest, verify_artifact
 from tnm_pipeline.export.sparsity import LayerSparsity, inspect_onnx
 from tnm_pipeline.training.pattern import Pattern
 

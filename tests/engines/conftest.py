@@ -16,7 +16,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from tnm_pipeline.engines.manifest import Manifest, TensorSpec, sha256_of, write_manifest
+from tnm_pipeline.engines.artifact import sha256_of, write_manifest
+from tnm_pipeline.engines.manifest import Manifest, TensorSpec
 
 Run = Callable[..., str]
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from tnm_pipeline.engines import ArtifactRejected, Manifest, TensorSpec, verify_artifact, write_manifest
-from tnm_pipeline.engines.manifest import manifest_path, read_verified, sha256_of
+from tnm_pipeline.engines.artifact import manifest_path, read_verified, sha256_of
 
 Change: TypeAlias = Callable[[dict[str, Any]], object]
 

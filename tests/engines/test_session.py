@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 
 from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, FeedError, SessionClosed, TensorSpec, load
+from tnm_pipeline.engines.artifact import manifest_path
 from tnm_pipeline.engines.driver import probe
-from tnm_pipeline.engines.manifest import manifest_path
 
 without_gpu = pytest.mark.skipif(bool(probe().gpus), reason="this is what a machine without a GPU answers")
 

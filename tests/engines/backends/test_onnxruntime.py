@@ -8,9 +8,9 @@ import pytest
 from onnx import helper
 
 from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, Manifest, TensorSpec, load, write_manifest
+from tnm_pipeline.engines.artifact import read_verified, sha256_of
 from tnm_pipeline.engines.backends.onnxruntime import OnnxRuntimeBackend
 from tnm_pipeline.engines.driver import Driver, Gpu, probe
-from tnm_pipeline.engines.manifest import read_verified, sha256_of
 
 NO_GPU = Driver(None, (), "no NVIDIA driver is installed")
 ONE_GPU = Driver("13.0", (Gpu("NVIDIA L4", "8.9"),), None)
