@@ -1,5 +1,6 @@
 """What production code holds: `load(path)` verifies an artifact and returns a `Session` that answers."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -150,5 +151,5 @@ def _fall_back(path: Path, plan: Manifest, reason: str, device: str) -> Session:
 def _with_ways_out(error: EnvironmentLacks, path: Path, plan: Manifest) -> EnvironmentLacks:
     if plan.source_onnx is None:
         return error
-    source = str(path.parent / plan.source_onnx)
+    source = os.path.normpath(path.parent / plan.source_onnx)
     return EnvironmentLacks(f"{error}; or pass fallback='onnxruntime'; or load the source ONNX: load({source!r})")

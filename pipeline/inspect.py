@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tnm_pipeline.engines import ArtifactRejected, Manifest, TensorSpec, load
+from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, Manifest, Session, TensorSpec, load
 from tnm_pipeline.engines.artifact import manifest_path, read_manifest, verify_artifact
 from tnm_pipeline.export.sparsity import LayerSparsity, inspect_onnx
 from tnm_pipeline.training.pattern import Pattern
@@ -111,7 +111,7 @@ def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
             )
     promised = sum(layer.pattern is not None for layer in layers)
     lines.append(f"0 violating groups in the {promised} layers of {source.name} that promise a pattern")
-    with load(path, fallback=fallback) as session:
+    with _load(path, fallback) as session:
         outputs = session.run({spec.name: _zeros(spec) for spec in session.inputs})
         finite = all(bool(np.isfinite(output).all()) for output in outputs.values())
         lines.append(f"loaded and run by {session.backend}; the outputs are {'finite' if finite else 'NOT finite'}")
@@ -124,6 +124,14 @@ def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
         [_row(layer) for layer in layers],
         lines,
     )
+
+
+def _load(path: Path, fallback: Literal["error", "onnxruntime"]) -> Session:
+    try:
+        return load(path, fallback=fallback)
+    except EnvironmentLacks as error:
+        error.add_note("on the command line: --fallback onnxruntime")
+        raise
 
 
 def _promised(onnx_path: Path) -> dict[str, Pattern]:

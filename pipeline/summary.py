@@ -8,7 +8,6 @@ from rich.table import Table
 
 from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.run import Done
-from tnm_pipeline.pipeline.stages import CHECKPOINT
 
 _ROUTES = {
     "dense": "dense baseline",
@@ -96,10 +95,7 @@ def _next(config: Config, done: dict[str, Done]) -> list[str]:
         return ["verify", str(folder / "build" / name), *option]
     if "export" in done:
         return ["inspect", str(folder / "export" / "model.fp32.onnx")]
-    checkpoint = folder / ("convert" if "convert" in done else "train") / CHECKPOINT
-    sources = {"--model": config.model.source, "--data": config.data.source}
-    named = [text for option, source in sources.items() if ":" in source for text in (option, source)]  # code to trust
-    return ["export", str(checkpoint), "--trt", *named, "--folder", str(folder)]
+    return ["export", "--trt", "--folder", str(folder)]  # which knows model, data and the dense twin
 
 
 def _size(count: int) -> str:
