@@ -23,6 +23,7 @@ from tnm_pipeline.export.onnx import export_onnx
 from tnm_pipeline.export.sparsity import SparsityReport, inspect_onnx
 from tnm_pipeline.export.tensorrt import build_plan
 from tnm_pipeline.export.verify import answer, check, compare, verify_onnx
+from tnm_pipeline.pipeline.errors import Stopped
 from tnm_pipeline.pipeline.learn import model_from
 from tnm_pipeline.pipeline.stages import Context
 from tnm_pipeline.training.checkpoint import Checkpoint
@@ -60,6 +61,12 @@ def build(context: Context) -> dict[str, Any]:
     onnx_path = context.inputs["onnx"]
     summary = read_manifest(onnx_path).sparsity
     plans = []
+
+    def report_phase(_: str, done: int, total: int) -> None:
+        context.progress(done, total)
+        if context.should_stop():
+            raise Stopped("stopped while building; the same command builds again")
+
     for sparse, suffix in ((True, ".plan"), (False, ".dense.plan")):
         path = context.folder / f"model.{trt.precision}{suffix}"
         report = build_plan(
@@ -71,6 +78,7 @@ def build(context: Context) -> dict[str, Any]:
             backend=trt.backend,
             batch=trt.batch,
             compute_capabilities=trt.compute_capabilities,
+            on_progress=report_phase,
         )
         manifest = report.manifest
         plans.append(
@@ -86,7 +94,6 @@ def build(context: Context) -> dict[str, Any]:
                 "picked_layers": report.picked_layers,
             }
         )
-        context.progress(len(plans), 2)
     return {"plans": plans, "identical": plans[0]["sha256"] == plans[1]["sha256"]}
 
 

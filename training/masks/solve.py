@@ -32,7 +32,7 @@ def solve(weight: Tensor, pattern: Pattern, solver: Solver = "exact") -> Tensor:
             is what counts.
         pattern: the rule.
         solver: `exact`: optimal; 2:4-T in tensor ops, row-wise patterns by sorting, other transposable
-            ones by min-cost flow (slow: about 40,000 weights a second). `greedy`: the paper's
+            ones by min-cost flow (slow: about 27,000 weights a second). `greedy`: the paper's
             2-approximation. `flow`: networkx min-cost flow, the reference. Row-wise patterns have one
             solver, whatever is asked.
 
