@@ -28,6 +28,9 @@ ModelOption = Annotated[str | None, typer.Option("--model", help="Built-in name 
 DataOption = Annotated[str | None, typer.Option("--data", help="Built-in name, .npz file or module:function.")]
 PatternOption = Annotated[str | None, typer.Option("--pattern", help="2:4, 2:4-T, 4:8 ...: N kept of M, -T both ways.")]
 TrustOption = Annotated[bool, typer.Option("--trust-source", help="Import the module:function a checkpoint names.")]
+WhatIfOption = Annotated[
+    str | None, typer.Option("--what-if", metavar="PATTERNS", help="What these would keep of a checkpoint: 2:4,2:4-T.")
+]
 FallbackOption = Annotated[Literal["error", "onnxruntime"], typer.Option(help="What a plan that cannot run here does.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.")]
 
@@ -140,12 +143,25 @@ def verify(
 def inspect(
     file: Annotated[Path, typer.Argument(help="A checkpoint, an .onnx file, or a .plan with its manifest.")],
     pattern: PatternOption = None,
+    what_if: WhatIfOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show layer by layer what a file holds: pattern, violations in both directions, eligibility."""
-    from tnm_pipeline.pipeline.inspect import inspect_file
+    if what_if is None:
+        from tnm_pipeline.pipeline.inspect import inspect_file
 
-    _print(inspect_file(file, pattern), as_json)
+        _print(inspect_file(file, pattern), as_json)
+        return
+    if pattern is not None:
+        from tnm_pipeline.pipeline.errors import ConfigError
+
+        raise ConfigError(
+            "--pattern counts against one pattern and --what-if tries several: give one of the two, for example "
+            f"--what-if {what_if},{pattern}"
+        )
+    from tnm_pipeline.pipeline.what_if import what_if_file
+
+    _print(what_if_file(file, what_if), as_json)
 
 
 @app.command()

@@ -169,16 +169,14 @@ def _plan_facts(path: Path, manifest: Manifest) -> Facts:
 
 
 def _checkpoint_facts(path: Path, asked: Pattern | None) -> Facts:
+    from tnm_pipeline.pipeline.what_if import prunable_weights
     from tnm_pipeline.training.checkpoint import read_checkpoint
     from tnm_pipeline.training.masks import count_violations
 
     checkpoint = read_checkpoint(path)
     promised = {name: Pattern.parse(text) for name, text in checkpoint.record.get("layers", {}).items()}
     rows = []
-    for name, tensor in checkpoint.tensors.items():
-        if tensor.dim() not in (2, 4) or not tensor.is_floating_point():
-            continue
-        layer = name.removesuffix(".weight")
+    for layer, tensor in prunable_weights(checkpoint):
         pattern = asked or promised.get(layer)
         counted = count_violations(tensor, pattern or Pattern(2, 4, transposable=True))
         rows.append(

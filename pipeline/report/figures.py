@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
+from tnm_pipeline.pipeline.report.alternatives import Alternatives
 from tnm_pipeline.pipeline.report.data import Curves, Score
 from tnm_pipeline.training.pattern import Pattern
 
-_DENSE, _SPARSE, _OTHER = "#8b919a", "#3b82f6", "#0f9d8a"  # legible on white and on near-black
+_DENSE, _SPARSE, _OTHER, _THIRD = "#8b919a", "#3b82f6", "#0f9d8a", "#d97706"  # legible on white and on near-black
 _SPAN = 10.0  # points: no accuracy axis is shorter, or a sample's worth of noise would look like a cliff
 _Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 
@@ -73,18 +75,7 @@ def accuracy_figure(scores: Sequence[Score], samples: int | None) -> dict[str, A
         "xaxis": _axis("test accuracy, %", range=[low, high]),
         "yaxis": _axis(None, range=[len(scores) - 0.6, -0.9], showgrid=False, showticklabels=False),
         # Labels stand above their dots, not beside them: on a phone they would leave no room for the plot.
-        "annotations": [
-            {
-                "text": score.label,
-                "xref": "paper",
-                "x": 0,
-                "y": row,
-                "yshift": 14,
-                "xanchor": "left",
-                "showarrow": False,
-            }
-            for row, score in enumerate(scores)
-        ],
+        "annotations": [_label(score.label, row) for row, score in enumerate(scores)],
         "shapes": [
             {
                 "type": "line",
@@ -141,6 +132,52 @@ def curves_figure(curves: Sequence[Curves]) -> dict[str, Any]:
     return {"data": traces, "layout": layout}
 
 
+def alternatives_figure(found: Alternatives) -> dict[str, Any]:
+    """One row per layer, one dot per pattern at its kept magnitude; filled: transposable, large: the run's own."""
+    layers = list(found.table)
+    sizes = sorted({(pattern.m, pattern.n) for pattern in map(Pattern.parse, found.patterns)})
+    colors = dict(zip(sizes, (_SPARSE, _OTHER, _THIRD), strict=False))
+    traces = []
+    # Filled dots first: an open one on top of them can still be seen.
+    for text in sorted(found.patterns, key=lambda text: not Pattern.parse(text).transposable):
+        pattern = Pattern.parse(text)
+        rows = [row for row in found.rows if row.pattern == text]
+        own = text == found.own
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": f"{text}, this run's" if own else text,
+                "legendrank": found.patterns.index(text),
+                "x": [100 * row.kept_magnitude for row in rows],
+                "y": [layers.index(row.layer) for row in rows],
+                # Names of users, in texts that plotly reads as HTML.
+                "text": [escape(row.layer, quote=False) for row in rows],
+                "customdata": [row.violated for row in rows],
+                "marker": {
+                    "size": 14 if own else 9,
+                    "color": colors[pattern.m, pattern.n],
+                    "symbol": "circle" if pattern.transposable else "circle-open",
+                    "line": {"width": 2, "color": colors[pattern.m, pattern.n]},
+                },
+                "hovertemplate": "%{text}: keeps %{x:.1f}%; %{customdata:.0%} of its groups break it"
+                f"<extra>{text}</extra>",
+            }
+        )
+    kept = [100 * row.kept_magnitude for row in found.rows]
+    layout = {
+        **_LAYOUT,
+        "margin": {**_LAYOUT["margin"], "l": 12},
+        "height": 120 + 44 * len(layers),
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
+        "hovermode": "closest",
+        "xaxis": _axis("kept magnitude, %", range=list(_span(min(kept), max(kept)))),
+        "yaxis": _axis(None, range=[len(layers) - 0.6, -0.9], showgrid=False, showticklabels=False),
+        "annotations": [_label(escape(layer, quote=False), row) for row, layer in enumerate(layers)],
+    }
+    return {"data": traces, "layout": layout}
+
+
 def mask_pictures(rows: Sequence[Sequence[int]], pattern: Pattern) -> tuple[MaskPicture, MaskPicture]:
     """A mask in GEMM form, shape (outputs, inputs), and its transpose.
 
@@ -180,6 +217,11 @@ def _color(score: Score) -> str:
     if score.pattern == "dense":
         return _DENSE
     return _OTHER if score.label.startswith("ONNX") else _SPARSE
+
+
+def _label(text: str, row: int) -> dict[str, Any]:
+    """A row's name above its dots, at the left edge."""
+    return {"text": text, "xref": "paper", "x": 0, "y": row, "yshift": 14, "xanchor": "left", "showarrow": False}
 
 
 def _axis(title: str | None, **options: Any) -> dict[str, Any]:

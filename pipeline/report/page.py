@@ -9,8 +9,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tnm_pipeline.export.environment import environment
+from tnm_pipeline.pipeline.report.alternatives import alternatives
 from tnm_pipeline.pipeline.report.data import Run, read_run
-from tnm_pipeline.pipeline.report.figures import accuracy_figure, curves_figure, mask_pictures
+from tnm_pipeline.pipeline.report.figures import accuracy_figure, alternatives_figure, curves_figure, mask_pictures
 from tnm_pipeline.pipeline.report.verdict import missing, remarks, verdict
 from tnm_pipeline.training.atomic import write_atomically
 from tnm_pipeline.training.pattern import Pattern
@@ -30,6 +31,7 @@ def render(folder: Path) -> Path:
     Raises:
         ConfigError: `config.toml` is missing or not valid.
         ArtifactRejected: a `result.json` is not JSON.
+        CheckpointError: the checkpoint that the run started from is damaged.
     """
     run = read_run(folder)
     target = folder / REPORT
@@ -51,6 +53,9 @@ def _html(run: Run) -> str:
         figures["accuracy"] = accuracy_figure(run.scores, run.samples)
     if run.curves:
         figures["curves"] = curves_figure(run.curves)
+    others = alternatives(run)
+    if others:
+        figures["alternatives"] = alternatives_figure(others)
     measured = next((table["environment"] for table in run.latency.values() if "environment" in table), None)
     return jinja.get_template("template.html.j2").render(
         run=run,
@@ -61,6 +66,7 @@ def _html(run: Run) -> str:
         # plotly's own file, which is not ours to escape; a test makes sure that it cannot end its script element
         plotly=Markup(get_plotlyjs()) if figures else "",  # noqa: S704
         pictures=_pictures(run),
+        alternatives=others,
         measured=measured is not None,
         environment=measured or environment(),
         command=_command(run),

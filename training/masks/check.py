@@ -39,11 +39,11 @@ def count_violations(tensor: Tensor, pattern: Pattern) -> Violations:
     Returns:
         The two counts. Edge groups shorter than M count as groups.
     """
-    nonzero = pad_to_multiple((to_gemm(tensor.detach()) != 0).to(torch.int16), pattern.m)
-    rows, columns = nonzero.shape
-    along_inputs = nonzero.reshape(rows, columns // pattern.m, pattern.m).sum(2)
-    along_outputs = nonzero.reshape(rows // pattern.m, pattern.m, columns).sum(1)
-    return Violations(int((along_inputs > pattern.n).sum()), int((along_outputs > pattern.n).sum()))
+    nonzero = pad_to_multiple((to_gemm(tensor.detach()) != 0).to(torch.int8), pattern.m)
+    # M adds of strided slices: several times faster than a sum over a short axis.
+    along_inputs = sum(nonzero[:, k :: pattern.m] for k in range(pattern.m))
+    along_outputs = sum(nonzero[k :: pattern.m] for k in range(pattern.m))
+    return Violations(_count_above(along_inputs, pattern.n), _count_above(along_outputs, pattern.n))
 
 
 def kept_magnitude(weight: Tensor, mask: Tensor) -> float:
@@ -53,6 +53,10 @@ def kept_magnitude(weight: Tensor, mask: Tensor) -> float:
         weight: any shape, float.
         mask: bool, same shape.
     """
-    magnitude = weight.detach().abs().double()
-    total = float(magnitude.sum())
-    return float(magnitude[mask].sum()) / total if total else 1.0
+    magnitude = weight.detach().abs()
+    total = float(magnitude.sum(dtype=torch.float64))
+    return float((magnitude * mask).sum(dtype=torch.float64)) / total if total else 1.0
+
+
+def _count_above(kept: Tensor | int, n: int) -> int:
+    return int((torch.as_tensor(kept) > n).count_nonzero())

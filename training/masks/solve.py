@@ -7,69 +7,109 @@ import torch
 from torch import Tensor
 
 from tnm_pipeline.training.layout import from_blocks, from_gemm, pad_to_multiple, to_blocks, to_gemm
-from tnm_pipeline.training.masks.exact import solve_2_4
+from tnm_pipeline.training.masks.exact.cpu import solve_on_cpu
 from tnm_pipeline.training.masks.flow import solve_flow
 from tnm_pipeline.training.masks.greedy import solve_greedy
-from tnm_pipeline.training.masks.rowwise import solve_rowwise
 from tnm_pipeline.training.pattern import Pattern
 
 Solver = Literal["exact", "greedy", "flow"]
 
-_BLOCKS_AT_ONCE = 1 << 17  # bounds the solvers' scratch memory to some tens of megabytes
+_BLOCKS_AT_ONCE = 1 << 17  # bounds the scratch memory of greedy and flow to some tens of megabytes
+_SHORT_FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # solved in their own format
 
 
 @torch.no_grad()
-def solve(weight: Tensor, pattern: Pattern, solver: Solver = "exact") -> Tensor:
+def solve(weight: Tensor, pattern: Pattern, solver: Solver = "exact", importance: Tensor | None = None) -> Tensor:
     """Choose which weights to keep so that the pattern holds and the kept magnitude is largest.
 
     `exact` keeps exactly N in every full row (and, for a transposable pattern, column) of a block,
     which is what hardware uses fully; allowing fewer than N could keep 0.05% more on average. Where M
-    does not divide a side, the GEMM matrix is padded with zeros and the mask cropped: edge groups then
+    does not divide a side, the GEMM matrix ends in zeros that are cropped from the mask: edge groups then
     hold at most N.
 
+    A registered torch operator (`tnm_pipeline::solve_mask`): it may be called under `torch.compile`.
+
     Args:
-        weight: (O, I) or (O, I, H, W), any real floating dtype and strides, finite. Its absolute value
-            is what counts.
-        pattern: the rule.
-        solver: `exact`: optimal; 2:4-T in tensor ops, row-wise patterns by sorting, other transposable
-            ones by min-cost flow (slow: about 27,000 weights a second). `greedy`: the paper's
-            2-approximation. `flow`: networkx min-cost flow, the reference. Row-wise patterns have one
+        weight: (O, I) or (O, I, H, W), any real floating dtype, strides and device, finite. Its absolute value
+            is what counts; float64 is rounded to float32.
+        pattern: the rule, any N:M up to M = 32.
+        solver: `exact`: optimal, and the fastest. `greedy`: the paper's 2-approximation, which may keep fewer than N.
+            `flow`: networkx min-cost flow, the reference, about 30,000 weights a second. Row-wise patterns have one
             solver, whatever is asked.
+        importance: what to keep the most of in place of abs(weight): same shape, not negative, finite. For example
+            abs(weight) times the norm of the layer's inputs.
 
     Returns:
-        Bool tensor of the weight's shape, `True` = kept, on the weight's device.
+        Bool tensor of the weight's shape, `True` = kept, contiguous, on the weight's device. The same for any number
+        of threads.
 
     Raises:
-        ValueError: NaN or Inf in the weight, an unknown solver, or a weight that has no GEMM form.
+        ValueError: NaN or Inf (with its place), a negative importance or one of another shape, an unknown solver, or
+            a weight that has no GEMM form.
     """
     if solver not in get_args(Solver):
         raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(get_args(Solver))}")
-    matrix = to_gemm(weight.detach()).abs()
+    scores = weight if importance is None else _checked(importance, weight)
+    operator = torch.ops.tnm_pipeline.solve_mask
+    mask: Tensor = operator(scores.detach(), pattern.n, pattern.m, pattern.transposable, solver)
+    return mask
+
+
+def _checked(importance: Tensor, weight: Tensor) -> Tensor:
+    if importance.shape != weight.shape:
+        raise ValueError(f"importance has shape {tuple(importance.shape)}, the weight {tuple(weight.shape)}")
+    if bool((importance < 0).any()):
+        raise ValueError("importance has negative entries: larger means rather kept, so it starts at 0; pass its abs()")
+    return importance
+
+
+# Not `torch.library.custom_op`: its first call imports the compiler, two seconds for everybody who does not compile.
+_library = torch.library.Library("tnm_pipeline", "DEF")
+_library.define("solve_mask(Tensor scores, int n, int m, bool transposable, str solver) -> Tensor")
+
+
+@torch.library.impl(_library, "solve_mask", "CompositeExplicitAutograd")
+def _solve_mask(scores: Tensor, n: int, m: int, transposable: bool, solver: str) -> Tensor:
+    """The operator behind `solve`, whose arguments it takes apart."""
+    pattern = Pattern(n, m, transposable)
+    matrix = to_gemm(scores)
     if matrix.numel() == 0:
-        return torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
-    if matrix.dtype in (torch.float16, torch.bfloat16):
-        matrix = matrix.float()
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError("the weight has NaN or Inf entries: no mask is best for it; repair the checkpoint first")
-    padded = pad_to_multiple(matrix, pattern.m)
-    if pattern.transposable:
-        blocks = to_blocks(padded, pattern.m)
-        kept = _in_chunks(_transposable_solver(pattern, solver), blocks)
-        mask = from_blocks(kept, *padded.shape)
+        return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    if solver == "exact" or not transposable:
+        mask, finite = _exact(matrix if matrix.dtype in _SHORT_FLOATS else matrix.float(), pattern)
     else:
-        groups = padded.reshape(-1, pattern.m)
-        mask = _in_chunks(lambda part: solve_rowwise(part, pattern.n), groups).reshape(padded.shape)
-    return from_gemm(mask[: matrix.shape[0], : matrix.shape[1]], weight.shape)
+        finite = bool(torch.isfinite(matrix).all())
+        mask = _by_blocks(solve_greedy if solver == "greedy" else solve_flow, matrix, pattern) if finite else matrix
+    if not finite:
+        raise ValueError(_where_not_finite(scores))
+    return from_gemm(mask, scores.shape)
 
 
-def _transposable_solver(pattern: Pattern, solver: Solver) -> Callable[[Tensor], Tensor]:
-    if solver == "greedy":
-        return lambda blocks: solve_greedy(blocks, pattern.n)
-    if solver == "exact" and (pattern.n, pattern.m) == (2, 4):
-        return solve_2_4
-    return lambda blocks: solve_flow(blocks, pattern.n)
+def _fake_mask(scores: Tensor, n: int, m: int, transposable: bool, solver: str) -> Tensor:
+    return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
 
 
-def _in_chunks(solve_part: Callable[[Tensor], Tensor], parts: Tensor) -> Tensor:
-    """Apply a solver to slices along the first axis, so that scratch memory does not grow with the layer."""
-    return torch.cat([solve_part(part) for part in torch.split(parts, _BLOCKS_AT_ONCE)])
+torch.library.register_fake("tnm_pipeline::solve_mask", _fake_mask, lib=_library)
+
+
+def _exact(matrix: Tensor, pattern: Pattern) -> tuple[Tensor, bool]:
+    """The mask of a matrix on any device, and whether all of the matrix was finite."""
+    mask, finite = solve_on_cpu(matrix.cpu(), pattern)
+    return mask.to(matrix.device), finite
+
+
+def _by_blocks(solve_blocks: Callable[[Tensor, int], Tensor], matrix: Tensor, pattern: Pattern) -> Tensor:
+    """Apply a solver of blocks to a matrix, in chunks, so that scratch memory does not grow with the layer."""
+    padded = pad_to_multiple(matrix.abs(), pattern.m)
+    chunks = torch.split(to_blocks(padded, pattern.m), _BLOCKS_AT_ONCE)
+    kept = torch.cat([solve_blocks(chunk, pattern.n) for chunk in chunks])
+    return from_blocks(kept, *padded.shape)[: matrix.shape[0], : matrix.shape[1]]
+
+
+def _where_not_finite(scores: Tensor) -> str:
+    places = (~torch.isfinite(scores)).nonzero()
+    first = places[0].tolist()
+    return (
+        f"the weight has NaN or Inf entries ({len(places)} of {scores.numel()}, the first at {first}): "
+        "no mask is best for it; repair the checkpoint first"
+    )

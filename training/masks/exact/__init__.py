@@ -1,0 +1,8 @@
+"""Exact masks of any N:M pattern on the CPU: vector kernels compiled by numba.
+
+Read in this order: `simd` (a small vector language), `network` (selecting two ranks), `tile` (what is done to 32
+blocks at once), `transposable` (the solver for any N:M), `paths` (the blocks it leaves), `two_four` and `rowwise`
+(the easier patterns), `cpu` (tensors in, masks out, threads).
+"""
+
+from tnm_pipeline.training.masks.exact.tensor_form import solve_2_4 as solve_2_4

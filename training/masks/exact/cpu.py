@@ -1,0 +1,77 @@
+"""Tensors in, masks out: picks the kernel, gives it the weight's memory as it is, and shares out the block rows.
+
+Shape legend: O = out features, K = reduction length of the GEMM matrix.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tnm_pipeline.training.masks.exact.rowwise import rowwise_kernel
+from tnm_pipeline.training.masks.exact.transposable import transposable_kernel
+from tnm_pipeline.training.masks.exact.two_four import LARGEST_SAFE, two_four_kernel
+from tnm_pipeline.training.masks.jit import call
+from tnm_pipeline.training.pattern import Pattern
+
+# The numpy type that tells the kernels how to read a weight's bits.
+_BITS = {torch.float32: np.int32, torch.float16: np.int16, torch.bfloat16: np.uint16}
+_WEIGHTS_PER_THREAD = 1 << 17  # below this a second thread costs more than it brings
+
+
+def solve_on_cpu(matrix: Tensor, pattern: Pattern) -> tuple[Tensor, bool]:
+    """The exact mask of a GEMM matrix, by abs(matrix).
+
+    Args:
+        matrix: (O, K), float32, float16 or bfloat16, on the CPU, any strides; read in place.
+        pattern: the rule, any N:M.
+
+    Returns:
+        (O, K) bool, contiguous, the same for any number of threads; and whether every entry was finite, without which
+        the mask means nothing.
+    """
+    if pattern.transposable and (pattern.n, pattern.m) == (2, 4):
+        mask, largest = _run(two_four_kernel(), matrix, pattern)
+        if largest <= LARGEST_SAFE or not np.isfinite(largest):
+            return mask, bool(np.isfinite(largest))
+    kernel = (transposable_kernel if pattern.transposable else rowwise_kernel)(pattern.n, pattern.m)
+    mask, largest = _run(kernel, matrix, pattern)
+    return mask, bool(np.isfinite(largest))
+
+
+def _run(kernel: Callable[..., Any], matrix: Tensor, pattern: Pattern) -> tuple[Tensor, np.float32]:
+    """The mask, and the largest magnitude: Inf or NaN if the matrix holds one."""
+    rows, columns = matrix.shape
+    row_stride, column_stride = matrix.stride()
+    extent = (rows - 1) * row_stride + (columns - 1) * column_stride + 1
+    kind = _BITS[matrix.dtype]
+    integers = torch.int32 if kind is np.int32 else torch.int16
+    bits = matrix.as_strided((extent,), (1,)).view(integers).numpy().view(kind)
+    mask = torch.empty(rows, columns, dtype=torch.bool)
+    flat = mask.view(torch.uint8).view(-1).numpy()
+    strips = -(-rows // pattern.m) if pattern.transposable else rows
+
+    def solve_strips(first: int, last: int) -> int:
+        where = (bits, 0, row_stride, column_stride, rows, columns)
+        return int(call(kernel, str(pattern), *where, flat, first, last))
+
+    threads = max(1, min(torch.get_num_threads(), strips, matrix.numel() // _WEIGHTS_PER_THREAD))
+    bounds = [strips * thread // threads for thread in range(threads + 1)]
+    others = [_pool(threads - 1).submit(solve_strips, *pair) for pair in pairwise(bounds[1:])]
+    largest = max([solve_strips(bounds[0], bounds[1]), *(other.result() for other in others)])
+    return mask, np.int32(largest).view(np.float32)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="tnm-masks")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of its parent's threads
