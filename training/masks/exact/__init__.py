@@ -5,4 +5,3 @@ blocks at once), `transposable` (the solver for any N:M), `paths` (the blocks it
 (the easier patterns), `cpu` (tensors in, masks out, threads).
 """
 
-from tnm_pipeline.training.masks.exact.tensor_form import solve_2_4 as solve_2_4

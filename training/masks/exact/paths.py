@@ -4,7 +4,7 @@ See the mask as a flow. Every row keeps N weights: its best ones after the colum
 a row gains. While a column is kept too often, the cheapest chain of such exchanges leads from it to a column that is
 kept too rarely (Dijkstra over the M columns, on reduced costs); flipping the chain and moving the prices of the
 columns it passed leaves every row best again. A chain takes away one surplus, so their number is bounded by what the
-start was off, and the end is optimal whatever the start was (Ahuja, Magnanti, Orlin, Network Flows, 9.7).
+start was off, and the end is optimal whatever the prices were (Ahuja, Magnanti, Orlin, Network Flows, 9.7).
 
 Costs are int64, floor(abs(w) * 2^k) with the block's largest in [2^50, 2^51): float32 weights down to 2^-27 of the
 largest are exact, smaller ones are off by less than 2^-50 of it, and sums never round.
@@ -29,7 +29,8 @@ def finish_block(weights: Any, prices: Any, kept: Any, held: Any, keys: Any, via
     Args:
         weights: (M*M) int64, row-major, non-negative.
         prices: (M) int64 of the columns; any start.
-        kept: (M) int64, column j of a row as bit j; any start.
+        kept: (M) int64, column j of a row as bit j; any number in each row, but none worth less, weight minus price,
+            than one left out.
         held: (M) int64 scratch: how often each column is kept.
         keys: (M) int64 scratch: the distance of each column, above its number.
         via: (M) int64 scratch: the weight (row*M + column) through which a column is reached.
