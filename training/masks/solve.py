@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tnm_pipeline.training.layout import from_blocks, from_gemm, pad_to_multiple, to_blocks, to_gemm
 from tnm_pipeline.training.masks.exact.cpu import solve_on_cpu
+from tnm_pipeline.training.masks.exact.cuda import solve_on_cuda
 from tnm_pipeline.training.masks.flow import solve_flow
 from tnm_pipeline.training.masks.greedy import solve_greedy
 from tnm_pipeline.training.pattern import Pattern
@@ -94,6 +95,8 @@ torch.library.register_fake("tnm_pipeline::solve_mask", _fake_mask, lib=_library
 
 def _exact(matrix: Tensor, pattern: Pattern) -> tuple[Tensor, bool]:
     """The mask of a matrix on any device, and whether all of the matrix was finite."""
+    if matrix.is_cuda:
+        return solve_on_cuda(matrix, pattern)
     mask, finite = solve_on_cpu(matrix.cpu(), pattern)
     return mask.to(matrix.device), finite
 

@@ -4,4 +4,3 @@ Read in this order: `simd` (a small vector language), `network` (selecting two r
 blocks at once), `transposable` (the solver for any N:M), `paths` (the blocks it leaves), `two_four` and `rowwise`
 (the easier patterns), `cpu` (tensors in, masks out, threads).
 """
-

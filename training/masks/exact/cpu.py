@@ -22,7 +22,8 @@ from tnm_pipeline.training.pattern import Pattern
 
 # The numpy type that tells the kernels how to read a weight's bits.
 _BITS = {torch.float32: np.int32, torch.float16: np.int16, torch.bfloat16: np.uint16}
-_WEIGHTS_PER_THREAD = 1 << 17  # below this a second thread costs more than it brings
+_WEIGHTS_PER_SHARE = 1 << 16  # below this a second thread costs more than it brings
+_SHARES_PER_THREAD = 4  # so that a thread that was held up does not hold up the others
 
 
 def solve_on_cpu(matrix: Tensor, pattern: Pattern) -> tuple[Tensor, bool]:
@@ -61,10 +62,17 @@ def _run(kernel: Callable[..., Any], matrix: Tensor, pattern: Pattern) -> tuple[
         where = (bits, 0, row_stride, column_stride, rows, columns)
         return int(call(kernel, str(pattern), *where, flat, first, last))
 
-    threads = max(1, min(torch.get_num_threads(), strips, matrix.numel() // _WEIGHTS_PER_THREAD))
-    bounds = [strips * thread // threads for thread in range(threads + 1)]
-    others = [_pool(threads - 1).submit(solve_strips, *pair) for pair in pairwise(bounds[1:])]
-    largest = max([solve_strips(bounds[0], bounds[1]), *(other.result() for other in others)])
+    shares = max(1, min(strips, matrix.numel() // _WEIGHTS_PER_SHARE))
+    threads = min(torch.get_num_threads(), shares)
+    shares = min(shares, threads * _SHARES_PER_THREAD)
+    bounds = [strips * share // shares for share in range(shares + 1)]
+    left = iter(list(pairwise(bounds)))  # each thread takes the next share when it has done one
+
+    def work() -> int:
+        return max((solve_strips(first, last) for first, last in left), default=0)
+
+    others = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
+    largest = max([work(), *(other.result() for other in others)])
     return torch.from_numpy(mask), np.int32(largest).view(np.float32)
 
 

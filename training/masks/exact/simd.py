@@ -25,6 +25,7 @@ INT8, INT16, INT32, INT64 = (ir.IntType(width) for width in (8, 16, 32, 64))
 FLOAT32, FLOAT64 = ir.FloatType(), ir.DoubleType()
 
 _FLOATS = (FLOAT32, FLOAT64)
+_CACHE_LINE = 64  # bytes
 _ELEMENT = {
     types.uint8: INT8,
     types.int16: INT16,
@@ -182,15 +183,16 @@ class Buffer:
         stored = self.builder.store(vector.value, self._pointer(at, vector.value.type))
         stored.align = self.item_bytes
 
-    def prefetch(self, at: Value) -> None:
-        """Ask for the cache line of position `at`, which may lie outside the buffer."""
-        number: Any = ir.IntType(32)
+    def prefetch(self, at: Value, count: int) -> None:
+        """Ask for `count` elements from position `at`, which may lie outside the buffer, to be brought to the cache."""
         address = self._pointer(at, INT8)
-        signature = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
+        signature = ir.FunctionType(ir.VoidType(), [address.type, INT32, INT32, INT32])
         insert: Any = cgutils.get_or_insert_function  # untyped
-        read, keep_in_l2, data = (ir.Constant(number, code) for code in (0, 2, 1))
         prefetch = insert(self.builder.module, signature, "llvm.prefetch.p0")
-        self.builder.call(prefetch, [address, read, keep_in_l2, data])
+        read, keep_in_l2, data = (ir.Constant(INT32, code) for code in (0, 2, 1))
+        for first in range(0, count, _CACHE_LINE // self.item_bytes):
+            line = self._pointer(at + first, INT8)
+            self.builder.call(prefetch, [line, read, keep_in_l2, data])
 
 
 def vector_op(emit: Callable[..., Value | None]) -> Any:

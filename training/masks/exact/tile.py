@@ -66,8 +66,7 @@ def store_bytes(mask: Buffer, at: Value, kept: Value, m: int) -> None:
 @vector_op
 def prefetch_row(bits: Buffer, at: Value, m: int) -> None:
     """Ask for L*M weights that will be wanted soon."""
-    for first in range(0, m * LANES, 64 // bits.item_bytes):
-        bits.prefetch(at + first)
+    bits.prefetch(at, m * LANES)
 
 
 @vector_op
