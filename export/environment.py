@@ -11,6 +11,9 @@ from tnm_pipeline.engines.driver import probe
 _PACKAGES = (
     "torch",
     "numpy",
+    "numba",
+    "networkx",
+    "triton",
     "onnx",
     "onnxscript",
     "onnxruntime",

@@ -14,8 +14,8 @@ _SILENT_SECONDS = 1.0
 
 
 def _fingerprint() -> str:
-    """Hash of the sources in this folder and those below."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    """Hash of the sources in this folder and those below, without those of the GPU's kernels."""
+    sources = sorted(path for path in Path(__file__).parent.rglob("*.py") if not path.name.startswith("cuda"))
     return sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 

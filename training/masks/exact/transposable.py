@@ -80,6 +80,9 @@ def transposable_kernel(n: int, m: int) -> Any:
                 else:
                     read_window(bits, offset, row_stride, column_stride, rows, columns, top, left, window, m, width)
                     source, at, pitch = window, 0, width
+                following = at + width  # the next tile: asked for while this one computes
+                if left + width >= columns:
+                    following += m * row_stride - columns
 
                 peaks[:] = 0
                 for i in range(m):
@@ -87,8 +90,7 @@ def transposable_kernel(n: int, m: int) -> Any:
                 find_scales(peaks, scales, largest, m)
                 for i in range(m):
                     quantise(source, at + i * pitch, scales, tile, i, m)
-                    if whole:
-                        prefetch_row(source, at + i * pitch + width, m)  # the next tile, while this one computes
+                    prefetch_row(source, following + i * pitch, m)
 
                 column_prices[:] = 0
                 for i in range(m):

@@ -26,7 +26,7 @@ from tnm_pipeline.training.masks.jit import FINGERPRINT, compiled
 
 LANES = 16  # blocks at once
 WIDTH = 4 * LANES
-_AHEAD = 8 * WIDTH  # weights from asking to reading: a tenth faster on matrices beyond the cache
+_AHEAD = 8 * WIDTH  # weights from asking for them to reading them
 LARGEST_SAFE = 2.0**124  # sums of eight weights up to here do not overflow
 
 _PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -74,11 +74,14 @@ def _best_mask(block: Sequence[Sequence[Value]]) -> Value:
 
 @vector_op
 def solve_blocks(
-    bits: Buffer, at: Value, pitch: Value, mask: Buffer, out: Value, mask_pitch: Value, largest: Buffer
+    bits: Buffer, at: Value, pitch: Value, ahead: Value, mask: Buffer, out: Value, mask_pitch: Value, largest: Buffer
 ) -> None:
-    """Solve 16 blocks side by side: four rows of 64 weights, `pitch` apart, into four rows of mask bytes."""
+    """Solve 16 blocks side by side: four rows of 64 weights, `pitch` apart, into four rows of mask bytes.
+
+    Those from position `ahead` are asked for meanwhile: much faster on matrices beyond the cache.
+    """
     for i in range(4):
-        bits.prefetch(at + pitch * i + _AHEAD, WIDTH)
+        bits.prefetch(ahead + pitch * i, WIDTH)
     rows = [[magnitude(bits, at + pitch * i + first, LANES) for first in range(0, WIDTH, LANES)] for i in range(4)]
     peak = reduce(maximum, [vector.bits_as(INT32) for row in rows for vector in row])
     largest.store(0, maximum(peak, largest.load(0, LANES)))
@@ -114,10 +117,13 @@ def two_four_kernel() -> Any:
             for left in range(0, columns, WIDTH):
                 if column_stride == 1 and left + WIDTH <= columns and top + 4 <= rows:
                     at = offset + top * row_stride + left
-                    solve_blocks(bits, at, row_stride, mask, top * columns + left, columns, largest)
+                    ahead = at + _AHEAD
+                    if left + _AHEAD >= columns:  # in the next strip
+                        ahead += 4 * row_stride - columns
+                    solve_blocks(bits, at, row_stride, ahead, mask, top * columns + left, columns, largest)
                 else:
                     read_window(bits, offset, row_stride, column_stride, rows, columns, top, left, window, 4, WIDTH)
-                    solve_blocks(window, 0, WIDTH, window_mask, 0, WIDTH, largest)
+                    solve_blocks(window, 0, WIDTH, 0, window_mask, 0, WIDTH, largest)
                     write_window(window_mask, mask, rows, columns, top, left, 4, WIDTH)
         return largest.max()
 
