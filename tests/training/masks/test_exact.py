@@ -35,6 +35,11 @@ def gaussian(g: torch.Generator, rows: int, columns: int) -> Tensor:
 KINDS: dict[str, Draw] = {
     "gaussian": gaussian,
     "heavy tails": lambda g, r, c: gaussian(g, r, c) / torch.rand(r, c, generator=g).clamp_min(1e-4) ** 2,
+    "scaled rows and columns": lambda g, r, c: (
+        gaussian(g, r, c)
+        * torch.exp2(-6 * torch.rand(r, 1, generator=g))
+        * torch.exp2(-6 * torch.rand(1, c, generator=g))
+    ),
     "ties": lambda g, r, c: torch.randint(-2, 3, (r, c), generator=g).float(),
     "90% zeros": lambda g, r, c: gaussian(g, r, c) * (torch.rand(r, c, generator=g) > 0.9),
     "constant": lambda _, r, c: torch.full((r, c), -1.5),

@@ -27,6 +27,8 @@ from tnm_pipeline.training.masks.exact.tile import (
 from tnm_pipeline.training.masks.exact.window import read_window, write_window
 from tnm_pipeline.training.masks.jit import FINGERPRINT, compiled
 
+_HIGHEST_PRICE = 1 << 14  # a weight of the tile lies in [-2^14, 2^14)
+
 # By the smallest M they serve: sweeps, and eighths of over-relaxation. Fewer sweeps prove fewer blocks, more cost more
 # than the paths they save (docs/log.md).
 _SCHEDULE = {2: (6, 2), 12: (9, 3), 24: (10, 3)}
@@ -100,7 +102,10 @@ def transposable_kernel(n: int, m: int) -> Any:
                         reprice(tile, j * LANES, width, row_prices, column_prices, j, n, m, gain)
                     for i in range(m):
                         reprice(tile, i * width, LANES, column_prices, row_prices, i, n, m, gain)
-                # The last one without overshoot: every column now has N or, where weights tie, more.
+                # The last one without overshoot and, with prices this close to weights, without saturation: every
+                # column now has N or, where weights tie, more. So if every row has N, every column has.
+                for k in range(width):
+                    row_prices[k] = min(max(row_prices[k], -_HIGHEST_PRICE + 1), _HIGHEST_PRICE)
                 for j in range(m):
                     reprice(tile, j * LANES, width, row_prices, column_prices, j, n, m, 0)
                 proven[:] = 1
