@@ -39,6 +39,7 @@ from tnm_pipeline.export.environment import environment
 from tnm_pipeline.training.layout import from_blocks, to_blocks
 from tnm_pipeline.training.masks import kept_magnitude, solve
 from tnm_pipeline.training.masks.exact.two_four import two_four_kernel
+from tnm_pipeline.training.masks.exact.window import Matrix
 from tnm_pipeline.training.masks.flow import solve_flow
 from tnm_pipeline.training.masks.greedy import keep_batched
 from tnm_pipeline.training.masks.jit import compiled
@@ -146,10 +147,10 @@ def bench_memory(weight: Tensor, rounds: int) -> list[Row]:
     pattern = Pattern.parse("2:4-T")
     rows, columns = weight.shape
     bits, mask = weight.view(torch.int32).view(-1).numpy(), np.zeros(weight.numel(), np.uint8)
-    kernel = two_four_kernel()
+    kernel, matrix = two_four_kernel(), Matrix(bits, rows, columns, columns, 1)
     samples = interleave(
         {
-            "kernel": (weight.numel(), lambda: kernel(bits, 0, columns, 1, rows, columns, mask, 0, rows // 4)),
+            "kernel": (weight.numel(), lambda: kernel(matrix, mask, 0, rows // 4)),
             "memory_limit": (weight.numel(), lambda: read_and_write(bits, mask)),
             "solve": (weight.numel(), lambda: solve(weight, pattern)),
         },

@@ -17,6 +17,7 @@ from torch import Tensor
 from tnm_pipeline.training.masks.exact.rowwise import rowwise_kernel
 from tnm_pipeline.training.masks.exact.transposable import transposable_kernel
 from tnm_pipeline.training.masks.exact.two_four import LARGEST_SAFE, two_four_kernel
+from tnm_pipeline.training.masks.exact.window import Matrix
 from tnm_pipeline.training.masks.jit import call
 from tnm_pipeline.training.pattern import Pattern
 
@@ -58,9 +59,10 @@ def _run(kernel: Callable[..., Any], matrix: Tensor, pattern: Pattern) -> tuple[
     flat = mask.view(np.uint8).reshape(-1)
     strips = -(-rows // pattern.m) if pattern.transposable else rows
 
+    source = Matrix(bits, rows, columns, row_stride, column_stride)
+
     def solve_strips(first: int, last: int) -> int:
-        where = (bits, 0, row_stride, column_stride, rows, columns)
-        return int(call(kernel, str(pattern), *where, flat, first, last))
+        return int(call(kernel, str(pattern), source, flat, first, last))
 
     shares = max(1, min(strips, matrix.numel() // _WEIGHTS_PER_SHARE))
     threads = min(torch.get_num_threads(), shares)

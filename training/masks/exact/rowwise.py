@@ -12,7 +12,7 @@ import numpy as np
 from tnm_pipeline.training.masks.exact.network import selection_network
 from tnm_pipeline.training.masks.exact.simd import INT32, Buffer, Value, deinterleave, maximum, minimum, vector_op
 from tnm_pipeline.training.masks.exact.tile import LANES, as_float32, store_bytes
-from tnm_pipeline.training.masks.exact.window import read_window, write_window
+from tnm_pipeline.training.masks.exact.window import lies_in_place, read_window, write_window
 from tnm_pipeline.training.masks.jit import FINGERPRINT, compiled
 
 
@@ -49,33 +49,23 @@ def solve_groups(bits: Buffer, at: Value, mask: Buffer, out: Value, largest: Buf
 
 @cache
 def rowwise_kernel(n: int, m: int) -> Any:
-    """The kernel of one pattern; see `cpu.py` for what it is called with. A strip is one row."""
+    """The kernel of one pattern; it takes a `Matrix` and its mask, flat bytes. A strip is one row."""
     width = LANES * m
 
-    def solve_strips(
-        bits: Any,
-        offset: int,
-        row_stride: int,
-        column_stride: int,
-        rows: int,
-        columns: int,
-        mask: Any,
-        first_strip: int,
-        last_strip: int,
-        sources: str = FINGERPRINT,
-    ) -> Any:
+    def solve_strips(matrix: Any, mask: Any, first_strip: int, last_strip: int, sources: str = FINGERPRINT) -> Any:
         """Solve rows `first_strip` to `last_strip`; returns the largest magnitude seen, as float32 bits."""
-        window = np.empty(width, bits.dtype)
+        window = np.empty(width, matrix.bits.dtype)
         window_mask = np.empty(width, np.uint8)
         largest = np.zeros(LANES, np.int32)
         for row in range(first_strip, last_strip):
-            for left in range(0, columns, width):
-                if column_stride == 1 and left + width <= columns:
-                    solve_groups(bits, offset + row * row_stride + left, mask, row * columns + left, largest, n, m)
+            for left in range(0, matrix.columns, width):
+                if lies_in_place(matrix, row, left, 1, width):
+                    at = row * matrix.row_stride + left
+                    solve_groups(matrix.bits, at, mask, row * matrix.columns + left, largest, n, m)
                 else:
-                    read_window(bits, offset, row_stride, column_stride, rows, columns, row, left, window, 1, width)
+                    read_window(matrix, row, left, window, 1, width)
                     solve_groups(window, 0, window_mask, 0, largest, n, m)
-                    write_window(window_mask, mask, rows, columns, row, left, 1, width)
+                    write_window(matrix, row, left, window_mask, mask, 1, width)
         return largest.max()
 
     return compiled(solve_strips)

@@ -24,7 +24,7 @@ from tnm_pipeline.training.masks.exact.tile import (
     reprice,
     write_row,
 )
-from tnm_pipeline.training.masks.exact.window import read_window, write_window
+from tnm_pipeline.training.masks.exact.window import lies_in_place, read_window, write_window
 from tnm_pipeline.training.masks.jit import FINGERPRINT, compiled
 
 _HIGHEST_PRICE = 1 << 14  # a weight of the tile lies in [-2^14, 2^14)
@@ -41,24 +41,13 @@ def schedule(m: int) -> tuple[int, int]:
 
 @cache
 def transposable_kernel(n: int, m: int) -> Any:
-    """The kernel of one pattern; see `cpu.py` for what it is called with."""
+    """The kernel of one pattern; it takes a `Matrix` and its mask, flat bytes."""
     width = LANES * m
     sweeps, gain = schedule(m)
 
-    def solve_strips(
-        bits: Any,
-        offset: int,
-        row_stride: int,
-        column_stride: int,
-        rows: int,
-        columns: int,
-        mask: Any,
-        first_strip: int,
-        last_strip: int,
-        sources: str = FINGERPRINT,
-    ) -> Any:
+    def solve_strips(matrix: Any, mask: Any, first_strip: int, last_strip: int, sources: str = FINGERPRINT) -> Any:
         """Solve block rows `first_strip` to `last_strip`; returns the largest magnitude seen, as float32 bits."""
-        window = np.empty(m * width, bits.dtype)
+        window = np.empty(m * width, matrix.bits.dtype)
         peaks = np.empty(width, np.int32)
         scales = np.empty(width, np.int32)
         largest = np.zeros(LANES, np.int32)
@@ -75,16 +64,16 @@ def transposable_kernel(n: int, m: int) -> Any:
 
         for strip in range(first_strip, last_strip):
             top = strip * m
-            for left in range(0, columns, width):
-                whole = column_stride == 1 and left + width <= columns and top + m <= rows
+            for left in range(0, matrix.columns, width):
+                whole = lies_in_place(matrix, top, left, m, width)
                 if whole:
-                    source, at, pitch = bits, offset + top * row_stride + left, row_stride
+                    source, at, pitch = matrix.bits, top * matrix.row_stride + left, matrix.row_stride
                 else:
-                    read_window(bits, offset, row_stride, column_stride, rows, columns, top, left, window, m, width)
+                    read_window(matrix, top, left, window, m, width)
                     source, at, pitch = window, 0, width
                 following = at + width  # the next tile: asked for while this one computes
-                if left + width >= columns:
-                    following += m * row_stride - columns
+                if left + width >= matrix.columns:
+                    following += m * matrix.row_stride - matrix.columns
 
                 peaks[:] = 0
                 for i in range(m):
@@ -126,11 +115,11 @@ def transposable_kernel(n: int, m: int) -> Any:
 
                 if whole:
                     for i in range(m):
-                        write_row(kept, i, mask, (top + i) * columns + left, m)
+                        write_row(kept, i, mask, (top + i) * matrix.columns + left, m)
                 else:
                     for i in range(m):
                         write_row(kept, i, window_mask, i * width, m)
-                    write_window(window_mask, mask, rows, columns, top, left, m, width)
+                    write_window(matrix, top, left, window_mask, mask, m, width)
         return largest.max()
 
     return compiled(solve_strips)

@@ -21,7 +21,7 @@ import numpy as np
 
 from tnm_pipeline.training.masks.exact.simd import INT8, INT32, Buffer, Value, deinterleave, maximum, vector_op
 from tnm_pipeline.training.masks.exact.tile import magnitude
-from tnm_pipeline.training.masks.exact.window import read_window, write_window
+from tnm_pipeline.training.masks.exact.window import lies_in_place, read_window, write_window
 from tnm_pipeline.training.masks.jit import FINGERPRINT, compiled
 
 LANES = 16  # blocks at once
@@ -94,37 +94,27 @@ def solve_blocks(
 
 @cache
 def two_four_kernel() -> Any:
-    """The kernel of 2:4-T; see `cpu.py` for what it is called with."""
+    """The kernel of 2:4-T; it takes a `Matrix` and its mask, flat bytes."""
 
-    def solve_strips(
-        bits: Any,
-        offset: int,
-        row_stride: int,
-        column_stride: int,
-        rows: int,
-        columns: int,
-        mask: Any,
-        first_strip: int,
-        last_strip: int,
-        sources: str = FINGERPRINT,
-    ) -> Any:
+    def solve_strips(matrix: Any, mask: Any, first_strip: int, last_strip: int, sources: str = FINGERPRINT) -> Any:
         """Solve block rows `first_strip` to `last_strip`; returns the largest magnitude seen, as float32 bits."""
-        window = np.empty(4 * WIDTH, bits.dtype)
+        window = np.empty(4 * WIDTH, matrix.bits.dtype)
         window_mask = np.empty(4 * WIDTH, np.uint8)
         largest = np.zeros(LANES, np.int32)
         for strip in range(first_strip, last_strip):
             top = strip * 4
-            for left in range(0, columns, WIDTH):
-                if column_stride == 1 and left + WIDTH <= columns and top + 4 <= rows:
-                    at = offset + top * row_stride + left
+            for left in range(0, matrix.columns, WIDTH):
+                if lies_in_place(matrix, top, left, 4, WIDTH):
+                    at = top * matrix.row_stride + left
                     ahead = at + _AHEAD
-                    if left + _AHEAD >= columns:  # in the next strip
-                        ahead += 4 * row_stride - columns
-                    solve_blocks(bits, at, row_stride, ahead, mask, top * columns + left, columns, largest)
+                    if left + _AHEAD >= matrix.columns:  # in the next strip
+                        ahead += 4 * matrix.row_stride - matrix.columns
+                    out = top * matrix.columns + left
+                    solve_blocks(matrix.bits, at, matrix.row_stride, ahead, mask, out, matrix.columns, largest)
                 else:
-                    read_window(bits, offset, row_stride, column_stride, rows, columns, top, left, window, 4, WIDTH)
+                    read_window(matrix, top, left, window, 4, WIDTH)
                     solve_blocks(window, 0, WIDTH, 0, window_mask, 0, WIDTH, largest)
-                    write_window(window_mask, mask, rows, columns, top, left, 4, WIDTH)
+                    write_window(matrix, top, left, window_mask, mask, 4, WIDTH)
         return largest.max()
 
     return compiled(solve_strips)
