@@ -4,7 +4,7 @@ numba vectorises loops when it can prove that it may. The mask kernels need regi
 steps of a selection network, which no loop expresses, so their inner steps are written with this file: a function
 decorated with `vector_op` can be called from numba code like any other; when numba compiles the call, the function
 runs once, and its arithmetic on `Value`s becomes straight-line vector instructions. Vectors wider than the machine's
-registers are split by LLVM, so the same code runs with AVX-512, AVX2 or NEON.
+registers are split by LLVM, so the same code runs with AVX-512, AVX2 or SSE.
 """
 
 import inspect
@@ -171,10 +171,8 @@ class Buffer:
         return self.builder.bitcast(self.builder.gep(self.data, [position]), target.as_pointer())
 
     def load(self, at: Value | int, lanes: int) -> Value:
-        """`lanes` elements from position `at`; a scalar for 0 lanes."""
-        element = _ELEMENT[self.dtype]
-        target = ir.VectorType(element, lanes) if lanes else element
-        loaded = self.builder.load(self._pointer(at, target))
+        """`lanes` elements from position `at`."""
+        loaded = self.builder.load(self._pointer(at, ir.VectorType(_ELEMENT[self.dtype], lanes)))
         loaded.align = self.item_bytes
         return Value(self.builder, loaded)
 
@@ -195,20 +193,18 @@ class Buffer:
             self.builder.call(prefetch, [line, read, keep_in_l2, data])
 
 
-def vector_op(emit: Callable[..., Value | None]) -> Any:
+def vector_op(emit: Callable[..., None]) -> Any:
     """Make a function that emits vector code callable from numba code.
 
-    Arrays reach it as `Buffer`s, constant integers as Python ints, other integers as 64-bit `Value`s. What it
-    returns must be a float32 scalar or nothing.
+    Arrays reach it as `Buffer`s, constant integers as Python ints, other integers as 64-bit `Value`s.
     """
 
     def typed(_: Any, *arguments: Any) -> Any:
         def generate(context: Any, builder: _Builder, signature: Any, values: Sequence[_Register]) -> Any:
-            result = emit(*(_argument(context, builder, *pair) for pair in zip(signature.args, values, strict=True)))
-            return context.get_dummy_value() if result is None else result.value
+            emit(*(_argument(context, builder, *pair) for pair in zip(signature.args, values, strict=True)))
+            return context.get_dummy_value()
 
-        returned = types.float32 if emit.__annotations__.get("return") is Value else types.void
-        return returned(*arguments), generate
+        return types.void(*arguments), generate
 
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(emit).parameters.values()
