@@ -113,6 +113,6 @@ def _where_not_finite(scores: Tensor) -> str:
     places = (~torch.isfinite(scores)).nonzero()
     first = places[0].tolist()
     return (
-        f"the weight has NaN or Inf entries ({len(places)} of {scores.numel()}, the first at {first}): "
-        "no mask is best for it; repair the checkpoint first"
+        f"the weight, or the importance given in its place, has NaN or Inf entries ({len(places)} of {scores.numel()}, "
+        f"the first at {first}): no mask is best for it; repair the checkpoint or the importance first"
     )
