@@ -21,6 +21,8 @@ from tnm_pipeline.training.atomic import write_atomically
 from tnm_pipeline.training.user_modules import files_behind
 
 STATE_FILE = "state.safetensors"  # of an interrupted training, kept between runs of the same key
+JOURNAL = "progress"  # folder of an interrupted conversion, likewise
+HUB = "hf:"  # as in `training.sources`, which loads torch
 
 
 @contextmanager
@@ -133,7 +135,7 @@ class StageCache:
         return self._records / f"{name}.json", self._records / f"{name}.started", self.folder / name
 
     def begin(self, name: str, key: str) -> Path:
-        """Clear what an earlier run left in the stage's folder; keep the state of an interrupted run of this key.
+        """Clear what an earlier run left in the stage's folder; keep how far an interrupted run of this key came.
 
         Returns:
             The stage's folder, which exists.
@@ -144,9 +146,11 @@ class StageCache:
             write_atomically(marker, b"")  # a kill while clearing must not make the rest look like a user's files
         record.unlink(missing_ok=True)
         for path in target.glob("*"):
+            if same_key and path.name in (STATE_FILE, JOURNAL):
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
-            elif not (same_key and path.name == STATE_FILE):
+            else:
                 path.unlink()
         target.mkdir(parents=True, exist_ok=True)
         write_atomically(marker, key.encode())
@@ -176,19 +180,28 @@ def source_fingerprint(source: str) -> str:
     """What identifies the content behind a model or data source, without running it.
 
     Args:
-        source: a built-in name, an `.npz` file, or `module:function`.
+        source: a built-in name, a file, a folder, `hf:` and either a folder or a name, or `module:function`.
 
     Returns:
-        The hash of the files behind it; the name itself when it is built in (the code fingerprint covers those) or
-        cannot be found (the stage that loads it says what is wrong).
+        The hash of the files behind it, hidden ones left out; the name itself when it is built in (the code fingerprint
+        covers those), lies in the hub's cache, or cannot be found (the stage that loads it says what is wrong).
     """
+    path = Path(source.removeprefix(HUB))
+    if source and path.is_dir():
+        found = {one.relative_to(path): one for one in path.rglob("*") if one.is_file()}
+        files = [found[name] for name in sorted(found) if not any(part.startswith(".") for part in name.parts)]
+        return _digest_of(files, path) if files else source
+    if path.is_file():
+        return _digest_of([path], path.parent)
     module, separator, _ = source.partition(":")
-    files = files_behind(module) if separator else [path for path in [Path(source)] if path.is_file()]
+    files = files_behind(module) if separator and not source.startswith(HUB) else []
     return _digest_of(files) if files else source
 
 
-def _digest_of(files: Iterable[Path]) -> str:
+def _digest_of(files: Iterable[Path], root: Path | None = None) -> str:
+    """Hash of names, below the root if one is given, and contents."""
     digest = hashlib.sha256()
     for path in files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        name = path.relative_to(root).as_posix() if root else path.name
+        digest.update(f"{name}\0{sha256_of(path)}".encode())
     return digest.hexdigest()

@@ -24,8 +24,15 @@ app = typer.Typer(
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of the run.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one key.")]
 FolderOption = Annotated[Path | None, typer.Option("--folder", "-o", help="Run folder: results, cache and report.")]
-ModelOption = Annotated[str | None, typer.Option("--model", help="Built-in name or module:function.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Built-in name, hf:FOLDER_OR_NAME or module:function.")
+]
 DataOption = Annotated[str | None, typer.Option("--data", help="Built-in name, .npz file or module:function.")]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option("--calibration", help="Unlabelled inputs: .npz, .txt, image folder, hf:NAME or module:function."),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")]
 PatternOption = Annotated[str | None, typer.Option("--pattern", help="2:4, 2:4-T, 4:8 ...: N kept of M, -T both ways.")]
 TrustOption = Annotated[bool, typer.Option("--trust-source", help="Import the module:function a checkpoint names.")]
 WhatIfOption = Annotated[
@@ -70,17 +77,34 @@ def convert(
     folder: FolderOption = None,
     model: ModelOption = None,
     data: DataOption = None,
+    calibration: CalibrationOption = None,
     pattern: PatternOption = None,
+    dry_run: DryRunOption = False,
     trust_source: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a checkpoint without training; writes FOLDER/convert/model.safetensors."""
+    """Convert a checkpoint without training, with labels or without; writes FOLDER/convert/model.safetensors."""
+    from tnm_pipeline.pipeline.crew import follow, follows, leading
+
+    if follows():
+        from tnm_pipeline.pipeline.conversion import help_to_convert
+
+        follow(help_to_convert)
+        return
     chosen = {
         **_options(folder, model, data, pattern),
         "run.routes": ["convert"],
         "model.checkpoint": str(checkpoint),
+        "calibration.source": calibration,
     }
-    _run(_resolve(config, overrides, chosen, checkpoint, trust_source), {"convert"}, as_json)
+    with leading():
+        resolved = _resolve(config, overrides, chosen, checkpoint, trust_source, needs_labels=False)
+        if dry_run:
+            from tnm_pipeline.pipeline.conversion import preview
+
+            _print(preview(resolved), as_json)
+        else:
+            _run(resolved, {"convert"}, as_json)
 
 
 @app.command()
@@ -200,10 +224,19 @@ def _resolve(
     chosen: dict[str, Any],
     remembers: Path | None = None,
     trust_source: bool = False,
+    *,
+    needs_labels: bool = True,
 ) -> "Config":
     from tnm_pipeline.pipeline.resolve import resolve
 
-    return resolve(config, overrides or [], chosen, remembers=remembers, trust_source=trust_source)
+    return resolve(
+        config,
+        overrides or [],
+        chosen,
+        remembers=remembers,
+        trust_source=trust_source,
+        needs_labels=needs_labels,
+    )
 
 
 def _options(folder: Path | None, model: str | None, data: str | None, pattern: str | None) -> dict[str, Any]:
@@ -247,3 +280,7 @@ def _print(facts: Any, as_json: bool) -> None:
 
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+if __name__ == "__main__":  # torchrun starts modules
+    main()

@@ -36,6 +36,7 @@ Arguments = Annotated[dict[str, Any], AfterValidator(_json_able)]
 Capability = Annotated[str, Field(pattern=r"^\d+\.\d$")]
 PatternText = Annotated[str, AfterValidator(lambda text: str(Pattern.parse(text)))]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Section(BaseModel):
@@ -51,7 +52,7 @@ class RunSection(_Section):
 
 
 class SourceSection(_Section):
-    """A model or data set: a built-in name, `module:function`, or for data an .npz file."""
+    """A model or data set: a built-in name, `module:function`, or what its kind can be besides."""
 
     source: str = ""
     args: Arguments = {}
@@ -64,7 +65,7 @@ class ModelSection(SourceSection):
 
 
 class SparsitySection(_Section):
-    """The pattern and the layers that get it."""
+    """The pattern and the layers that get it: rules of `tnm_pipeline.training.selection.Selection`."""
 
     pattern: PatternText = "2:4-T"
     include: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
@@ -87,14 +88,52 @@ class TrainSection(_Section):
 
 
 class ConvertSection(_Section):
-    """Layerwise conversion; see `tnm_pipeline.training.convert`."""
+    """Layerwise conversion; see `tnm_pipeline.training.convert`.
 
-    method: Literal["magnitude", "adaprune", "least-squares"] = "least-squares"
+    Which of `patterns` a layer gets is decided by `choose`; `confidence`, `most_error`, `max_dense` and `work` each
+    belong to one way of choosing.
+    """
+
+    method: Literal["admm", "least-squares", "sparsegpt", "adaprune", "magnitude"] = "admm"
     samples: Annotated[int, Field(ge=2)] = 512
     batch_size: Annotated[int, Field(ge=1)] = 64
     sequential: bool = True
     retune_batch_norm: bool = True
+    reorder_channels: bool = True
+    keep_first: bool = True
+    patterns: Annotated[tuple[PatternText, ...], AfterValidator(_distinct)] = ()
+    choose: Literal["pattern", "zeros", "error", "budget"] = "pattern"
+    confidence: Share | None = None
+    most_error: Annotated[float | None, Field(gt=0)] = None
+    max_dense: Share | None = None
+    work: Share | None = None
+    reference: Path | None = None
+    workers: Annotated[int | None, Field(ge=1)] = None
     unstructured: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _one_way_of_choosing(self) -> Self:
+        for key, way in (("confidence", "zeros"), ("most_error", "error"), ("max_dense", "budget"), ("work", "budget")):
+            if getattr(self, key) is not None and self.choose != way:
+                raise ValueError(f"{key} belongs to choose = {way}, and choose is {self.choose}: leave one of them out")
+        if self.choose == "error" and self.most_error is None:
+            raise ValueError("choose = error needs most_error, the relative error that a layer may have, such as 0.25")
+        if self.choose == "budget" and (self.max_dense is None) == (self.work is None):
+            raise ValueError(
+                "choose = budget needs either max_dense, the share of the work that may stay dense, or work, the share "
+                "that may remain"
+            )
+        return self
+
+
+class CalibrationSection(SourceSection):
+    """Unlabelled inputs for the conversion; without a source, the training inputs of [data]."""
+
+    @model_validator(mode="after")
+    def _arguments_of_a_source(self) -> Self:
+        if self.args and not self.source:
+            raise ValueError("args belong to a source: set calibration.source too")
+        return self
 
 
 class ExportSection(_Section):
@@ -143,6 +182,7 @@ class Config(_Section):
     sparsity: SparsitySection = SparsitySection()
     train: TrainSection = TrainSection()
     convert: ConvertSection = ConvertSection()
+    calibration: CalibrationSection = CalibrationSection()
     export: ExportSection = ExportSection()
     trt: TrtSection = TrtSection()
     verify: VerifySection = VerifySection()
@@ -157,6 +197,16 @@ class Config(_Section):
                 f"verify.latency_batch = {self.verify.latency_batch} is outside trt.batch {self.trt.batch}"
             )
         return self
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is data to score a checkpoint on; a conversion alone does without."""
+        return bool(self.data.source)
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The patterns that a conversion chooses from."""
+        return self.convert.patterns or (self.sparsity.pattern,)
 
     def to_toml(self) -> str:
         """The resolved configuration, readable by `load_config`."""

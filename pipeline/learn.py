@@ -1,8 +1,9 @@
-"""The stages that make checkpoints: dense, train, prune, convert, and the choice between them."""
+"""The stages that make checkpoints by training or pruning: dense, train, prune; and the choice between all routes."""
 
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,8 @@ from torch import Tensor, nn
 
 from tnm_pipeline.pipeline.cache import STATE_FILE
 from tnm_pipeline.pipeline.config import Config
-from tnm_pipeline.pipeline.errors import Stopped
 from tnm_pipeline.pipeline.stages import CHECKPOINT, Context
 from tnm_pipeline.training.checkpoint import Checkpoint, load_into, read_checkpoint, save_checkpoint
-from tnm_pipeline.training.convert import convert as convert_model
 from tnm_pipeline.training.layout import to_gemm
 from tnm_pipeline.training.loop import FitConfig, SparseTraining, check_match, evaluate, fit
 from tnm_pipeline.training.masks.prune import prune_unstructured
@@ -36,20 +35,22 @@ def model_from(config: Config, path: Path) -> tuple[nn.Module, Checkpoint]:
     """The model with the weights of a checkpoint, in eval mode."""
     model = new_model(config)
     checkpoint = read_checkpoint(path)
-    load_into(model, checkpoint, path)
+    # what older versions of a library stored and newer ones compute, such as the position ids of transformers
+    computed = dict(model.named_buffers()).keys() - model.state_dict().keys()
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in computed}
+    load_into(model, replace(checkpoint, tensors=kept), path)
     return model.eval(), checkpoint
 
 
 def dense(context: Context) -> dict[str, Any]:
-    """Train the dense baseline, or evaluate the checkpoint that was given instead."""
+    """Train the dense baseline, or evaluate the checkpoint that was given instead, if there is data with labels."""
     config = context.config
     if "checkpoint" in context.inputs:
         model, given = model_from(config, context.inputs["checkpoint"])
-        data = _data(config)
-        check_match(model, data)
-        _save(context, model, dict(given.masks), given.record.get("layers", {}))
-        accuracy = evaluate(model, data.test)
-        return {"accuracy": accuracy, "history": None, "parameters": _parameters(model), "given": True}
+        if config.labelled:
+            check_match(model, _data(config))
+        save(context, model, dict(given.masks), given.record.get("layers", {}))
+        return {"accuracy": score(config, model), "history": None, "parameters": _parameters(model), "given": True}
     return _fit(context, new_model(config), None) | {"given": False}
 
 
@@ -67,41 +68,8 @@ def prune(context: Context) -> dict[str, Any]:
     model, _ = model_from(config, context.inputs["dense"])
     choice = select(model, _pattern(config), _selection(config))
     sparsity = prune_unstructured(model, choice.chosen, config.convert.unstructured)
-    _save(context, model, {}, {})
+    save(context, model, {}, {})
     return {"accuracy": evaluate(model, _data(config).test), "sparsity": sparsity}
-
-
-def convert(context: Context) -> dict[str, Any]:
-    """Convert a dense or unstructured checkpoint layer by layer."""
-    config = context.config
-    model, _ = model_from(config, context.inputs["start"])
-    data = _data(config)
-    pattern = _pattern(config)
-
-    def report(name: str, done: int, total: int) -> None:
-        context.progress(done, total)
-        if context.should_stop():
-            raise Stopped(f"stopped after layer {name}; the same command converts again")
-
-    conversion = convert_model(
-        model,
-        pattern,
-        _calibration(config, data),
-        method=config.convert.method,
-        selection=_selection(config),
-        sequential=config.convert.sequential,
-        retune_batch_norm=config.convert.retune_batch_norm,
-        on_layer=report,
-    )
-    _save(context, model, conversion.masks, dict.fromkeys(conversion.masks, str(pattern)))
-    rows = [{k: v for k, v in layer.to_dict().items() if k != "seconds"} for layer in conversion.layers]
-    return {
-        "accuracy": evaluate(model, data.test),
-        "method": config.convert.method,
-        "layers": rows,
-        "skipped": conversion.choice.skipped,
-        "picture": _picture(conversion.masks),
-    }
 
 
 def choose(context: Context) -> dict[str, Any]:
@@ -119,7 +87,7 @@ def take(context: Context) -> dict[str, Any]:
     model, checkpoint = model_from(context.config, context.inputs["given"])
     data = _data(context.config)
     check_match(model, data)
-    _save(context, model, checkpoint.masks, checkpoint.record.get("layers", {}))
+    save(context, model, checkpoint.masks, checkpoint.record.get("layers", {}))
     return {"route": "given", "accuracy": evaluate(model, data.test), "candidates": {}}
 
 
@@ -136,7 +104,7 @@ def _fit(context: Context, model: nn.Module, sparsity: SparseTraining | None) ->
         on_step=context.progress,
         should_stop=context.should_stop,
     )
-    _save(context, model, result.masks, {row.name: row.pattern for row in result.layers if row.pattern})
+    save(context, model, result.masks, {row.name: row.pattern for row in result.layers if row.pattern})
     state.unlink(missing_ok=True)
     return {
         "accuracy": result.accuracy,
@@ -144,13 +112,34 @@ def _fit(context: Context, model: nn.Module, sparsity: SparseTraining | None) ->
         "parameters": _parameters(model),
         "layers": [row.to_dict() for row in result.layers],
         "skipped": {row.name: row.skipped for row in result.layers if row.skipped},
-        "picture": _picture(result.masks),
+        "picture": mask_picture(result.masks),
     }
 
 
-def _save(context: Context, model: nn.Module, masks: dict[str, Tensor], patterns: Mapping[str, str | None]) -> None:
+def score(config: Config, model: nn.Module) -> float | None:
+    """Accuracy on the test set, in [0, 1]; None where no data has labels."""
+    return evaluate(model, _data(config).test) if config.labelled else None
+
+
+def save(
+    context: Context,
+    model: nn.Module,
+    masks: dict[str, Tensor],
+    patterns: Mapping[str, str | None],
+    made: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a stage's checkpoint.
+
+    Args:
+        context: of the stage.
+        model: whose weights.
+        masks: layer -> mask.
+        patterns: layer -> what it holds.
+        made: further facts about its making, JSON-able, for the checkpoint's record.
+    """
     config = context.config
     record = {
+        **(made or {}),
         "model": {"source": config.model.source, "args": config.model.args},
         "data": {"source": config.data.source, "args": config.data.args},
         "layers": dict(patterns),
@@ -161,14 +150,6 @@ def _save(context: Context, model: nn.Module, masks: dict[str, Tensor], patterns
 
 def _data(config: Config) -> Splits:
     return load_data(config.data.source, config.data.args)
-
-
-def _calibration(config: Config, data: Splits) -> list[Tensor]:
-    """Unlabelled batches drawn at random from the training set (it may be sorted), all of the same size."""
-    inputs = data.train.tensors[0]
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(config.run.seed))
-    batches = torch.split(inputs[order[: config.convert.samples]], config.convert.batch_size)
-    return [batch for batch in batches if len(batch) == len(batches[0])]
 
 
 def _pattern(config: Config) -> Pattern:
@@ -183,7 +164,7 @@ def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _picture(masks: Mapping[str, Tensor]) -> dict[str, Any] | None:
+def mask_picture(masks: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """The top left corner of the largest mask as rows of 0 and 1, GEMM form, for the report."""
     if not masks:
         return None

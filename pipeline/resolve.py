@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tnm_pipeline.pipeline.cache import HUB
 from tnm_pipeline.pipeline.config import Config, load_config
 from tnm_pipeline.pipeline.errors import ConfigError
 
@@ -18,6 +19,7 @@ def resolve(
     *,
     remembers: Path | None = None,
     trust_source: bool = False,
+    needs_labels: bool = True,
 ) -> Config:
     """Read the configuration and find out which model and data it is about.
 
@@ -28,25 +30,30 @@ def resolve(
         remembers: a checkpoint of ours, whose record fills in a missing model or data source.
         trust_source: import `module:function` named by the checkpoint. Without it only built-in names are taken from a
             file, because importing runs code.
+        needs_labels: without, unlabelled calibration data will do where no data set is known.
 
     Raises:
         ConfigError: a source is missing, or named by the checkpoint but not trusted.
-        CheckpointError: the checkpoint to start from does not exist.
+        CheckpointError: the checkpoint to start from, or the reference of a conversion, does not exist.
     """
     config = load_config(path, overrides, options)
-    _check_exists(config.export.checkpoint or config.model.checkpoint)
+    for checkpoint in (config.export.checkpoint or config.model.checkpoint, config.convert.reference):
+        _check_exists(checkpoint)
     filled = dict(options)
     record = _record_of(remembers) if remembers else {}
     for section in ("model", "data"):
         if getattr(config, section).source:
             continue
         known = record.get(section)
-        if not isinstance(known, dict) or not isinstance(known.get("source"), str):
+        if not isinstance(known, dict) or not isinstance(known.get("source"), str) or not known["source"]:
+            if section == "data" and config.calibration.source and not needs_labels:
+                continue
+            unlabelled = "" if section == "model" or needs_labels else ", or --calibration with unlabelled inputs"
             raise ConfigError(
                 f"which {section}? Set {section}.source in the config file, or pass --{section} with a built-in name "
-                "or module:function"
+                f"or module:function{unlabelled}"
             )
-        if ":" in known["source"] and not trust_source:
+        if ":" in known["source"] and not known["source"].startswith(HUB) and not trust_source:
             raise ConfigError(
                 f"{remembers} was made with {section} source {known['source']}, which would be imported and run: pass "
                 f"--{section} {known['source']} or --trust-source if you trust it"

@@ -93,7 +93,9 @@ def _execute(
             started = time.monotonic()
             folder = cache.begin(stage.name, key)
             task = progress.add_task(label, total=None)
-            context = Context(config, folder, stage.inputs, _reporter(progress, task), should_stop)
+            context = Context(
+                config, folder, stage.inputs, _reporter(progress, task), should_stop, _speaker(progress.console)
+            )
             result = _body(stage)(context)
             write_atomically(folder / RESULT, (json.dumps(result, indent=2) + "\n").encode())
             record = cache.finish(stage.name, key, started)
@@ -117,6 +119,10 @@ def _body(stage: Stage) -> Callable[[Context], dict[str, Any]]:
 
 def _reporter(progress: Progress, task: Any) -> Callable[[int, int], None]:
     return lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _speaker(console: Console) -> Callable[[object], None]:
+    return lambda thing: console.print(thing, highlight=False, markup=False)
 
 
 def _progress(console: Console) -> Progress:

@@ -20,7 +20,7 @@ from tnm_pipeline.pipeline.errors import ConfigError
 
 CHECKPOINT = "model.safetensors"
 RESULT = "result.json"
-_GIVEN = {"checkpoint", "given"}  # labels of inputs that the user made, not an earlier stage
+_GIVEN = {"checkpoint", "given", "reference"}  # labels of inputs that the user made, not an earlier stage
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Context:
         inputs: label -> file that an earlier stage, or the user, made.
         progress: told (steps done, steps in all).
         should_stop: whether the user asked to stop.
+        say: shows a text or a table to the person who waits.
     """
 
     config: Config
@@ -40,6 +41,7 @@ class Context:
     inputs: Mapping[str, Path]
     progress: Callable[[int, int], None]
     should_stop: Callable[[], bool]
+    say: Callable[[object], None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def stages_of(config: Config, folder: Path) -> dict[str, Stage]:
     else:
         learning = {key: value for key, value in sections["train"].items() if key not in ("recipe", "save_every")}
         dense_settings = common if given else {**common, "train": learning}
-        title = "evaluate the given checkpoint" if given else "train the dense baseline"
+        look = "evaluate" if config.labelled else "read"
+        title = f"{look} the given checkpoint" if given else "train the dense baseline"
         dense = add("dense", title, "learn:dense", dense_settings, given) / CHECKPOINT
         twin = {"dense": dense}
         made = {route: _add_route(add, route, config, sections, sparsity, dense) for route in config.run.routes}
@@ -183,11 +186,33 @@ def _add_route(
         start = {"dense": dense} if config.train.recipe == "static" else {}
         title = f"train {pattern} ({config.train.recipe})"
         return add("train", title, "learn:train", {**sparsity, "train": learning}, start)
-    settings = {**sparsity, "convert": sections["convert"]}
+    settings = {**sparsity, **_conversion(config, sections)}
+    reference = {"reference": config.convert.reference} if config.convert.reference else {}
+    pattern = " or ".join(config.candidates)
     if route == "convert":
-        return add("convert", f"convert dense to {pattern}", "learn:convert", settings, {"start": dense})
+        return add(
+            "convert", f"convert dense to {pattern}", "conversion:convert", settings, {"start": dense, **reference}
+        )
     fraction = config.convert.unstructured
     pruning = {**sparsity, "fraction": fraction}
     pruned = add("prune", f"prune {fraction:.0%} unstructured", "learn:prune", pruning, {"dense": dense})
     title = f"convert the pruned one to {pattern}"
-    return add("convert-unstructured", title, "learn:convert", settings, {"start": pruned / CHECKPOINT})
+    # where the dense weights exist, fitting to their outputs beats fitting to those of the pruned ones
+    starting = {"start": pruned / CHECKPOINT, **(reference or {"dense": dense})}
+    return add("convert-unstructured", title, "conversion:convert", settings, starting)
+
+
+def _conversion(config: Config, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """What a conversion depends on besides its inputs: the number of workers changes no bit."""
+    calibration = config.calibration if config.calibration.source else config.data
+    tokenizer = calibration.args.get("tokenizer")
+    apart = ("workers", "reference", "unstructured")
+    return {
+        "convert": {key: value for key, value in sections["convert"].items() if key not in apart},
+        "calibration": {
+            "source": calibration.source,
+            "args": calibration.args,
+            "content": source_fingerprint(calibration.source),
+            "tokenizer": source_fingerprint(tokenizer) if isinstance(tokenizer, str) else None,
+        },
+    }

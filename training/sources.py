@@ -1,8 +1,10 @@
 """Models and data by name, by `module:function`, or from a file."""
 
+import importlib
 import inspect
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +19,10 @@ from tnm_pipeline.training.user_modules import import_user_module
 
 class SourceError(ValueError):
     """A model or data source that cannot be found, or that gives something else than it should."""
+
+
+class MissingPackageError(SourceError):
+    """A source that needs a package which is not installed."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +85,31 @@ def digits_cnn(channels: int = 16) -> nn.Module:
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"digits-mlp": digits_mlp, "digits-cnn": digits_cnn}
 DATA: dict[str, Callable[..., Splits]] = {"digits": digits}
+HUB = "hf:"  # before a folder or a name on the Hugging Face hub
+_FORMS = {  # what a source can be beside a built-in name and module:function
+    "model": "hf:FOLDER_OR_NAME",
+    "data": "an .npz file",
+    "calibration": "an .npz or .txt file, a folder of images, hf:FOLDER_OR_NAME",
+}
 
 
 def load_model(source: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Build an untrained model.
+    """Build an untrained model, or take a pretrained one of Hugging Face.
 
     Args:
-        source: a built-in name (`digits-mlp`, `digits-cnn`) or `module:function`, importable from the current folder.
-        arguments: keyword arguments of the function.
+        source: a built-in name (`digits-mlp`, `digits-cnn`), `module:function`, importable from the current folder, or
+            `hf:` and a local folder or a name in the hub's cache, see `tnm_pipeline.training.huggingface.pretrained`.
+        arguments: keyword arguments of the function; of a Hugging Face model, `class`.
 
     Raises:
         SourceError: not found, it raised, or what came back is not an `nn.Module`.
+        MissingPackageError: transformers is not installed.
     """
-    model = _call(source, arguments, MODELS, "model")
+    if source.startswith(HUB):
+        from tnm_pipeline.training.huggingface import pretrained  # which imports this module
+
+        return pretrained(source.removeprefix(HUB), arguments)
+    model = call_source(source, arguments, MODELS, "model")
     if not isinstance(model, nn.Module):
         raise SourceError(f"model source {source!r} returned a {type(model).__name__}: return an nn.Module")
     return model
@@ -112,7 +130,7 @@ def load_data(source: str, arguments: Mapping[str, Any]) -> Splits:
         if arguments:
             raise SourceError(f"data file {source} takes no arguments, got {dict(arguments)}")
         return _from_npz(Path(source))
-    result = _call(source, arguments, DATA, "data")
+    result = call_source(source, arguments, DATA, "data")
     if isinstance(result, Splits):
         result = (*result.train.tensors, *result.test.tensors)
     if isinstance(result, tuple | list) and len(result) == 4:
@@ -123,24 +141,72 @@ def load_data(source: str, arguments: Mapping[str, Any]) -> Splits:
     )
 
 
-def _call(source: str, arguments: Mapping[str, Any], built_in: Mapping[str, Callable[..., Any]], kind: str) -> Any:
+def call_source(
+    source: str, arguments: Mapping[str, Any], built_in: Mapping[str, Callable[..., Any]], kind: str
+) -> Any:
+    """What a built-in function or the user's `module:function` returns.
+
+    Args:
+        source: the name.
+        arguments: keyword arguments of the function.
+        built_in: functions by name.
+        kind: `model`, `data` or `calibration`, for the messages.
+
+    Raises:
+        SourceError: there is no such function, it does not take the arguments, or it raised.
+    """
     function = built_in.get(source) or _function(source, kind, built_in)
+    check_arguments(function, source, arguments, kind)
+    with user_errors(source, kind):
+        return function(**arguments)
+
+
+def require(package: str, extra: str, source: str) -> Any:
+    """Import a package that only some sources need.
+
+    Args:
+        package: its import name.
+        extra: the extra of this distribution that brings it.
+        source: what needs it, for the message.
+
+    Raises:
+        MissingPackageError: it is not installed, or its import fails.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{source} needs {package} ({error}): run `pip install 'tnm-pipeline[{extra}]'`"
+        ) from error
+
+
+def check_arguments(function: Callable[..., Any], source: str, arguments: Mapping[str, Any], kind: str) -> None:
+    """Refuse arguments that a function does not take.
+
+    Raises:
+        SourceError: one is missing or unknown; the message names it.
+    """
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
         raise SourceError(f"{kind} source {source!r} does not take {dict(arguments)}: {error}") from error
+
+
+@contextmanager
+def user_errors(source: str, kind: str) -> Iterator[None]:
+    """What the user's own code raises inside, as a `SourceError`; running out of memory stays what it is."""
     try:
-        return function(**arguments)
-    except (MemoryError, torch.OutOfMemoryError):
+        yield
+    except (MemoryError, torch.OutOfMemoryError, SourceError):
         raise
     except Exception as error:  # the user's own code may raise anything
         raise SourceError(f"{kind} source {source!r} raised {type(error).__name__}: {error}") from error
 
 
-def _function(source: str, kind: str, built_in: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+def _function(source: str, kind: str, built_in: Mapping[str, Any]) -> Callable[..., Any]:
     module_name, separator, function_name = source.partition(":")
     if not separator or not all(part.isidentifier() for part in module_name.split(".")):
-        names = ", ".join([*(built_in or ()), *(["an .npz file"] if kind == "data" else [])])
+        names = ", ".join([*built_in, _FORMS[kind]])
         raise SourceError(f"unknown {kind} source {source!r}: use {names} or module:function")
     try:
         function = getattr(import_user_module(module_name), function_name)
@@ -166,19 +232,30 @@ def _zip(file: BinaryIO) -> BinaryIO:
     return file
 
 
-def _from_npz(path: Path) -> Splits:
+@contextmanager
+def npz_arrays(path: Path) -> Iterator[Any]:
+    """The arrays of an `.npz` file by name, read when asked for.
+
+    Raises:
+        SourceError: the file does not exist, or it or an array in it cannot be read.
+    """
     try:
         # Opened here, because numpy leaves a file open that it cannot read.
         with _existing(path).open("rb") as file, np.load(_zip(file)) as arrays:
-            names = ("x_train", "y_train", "x_test", "y_test")
-            missing = [name for name in names if name not in arrays]
-            if missing:
-                raise SourceError(f"{path} lacks {', '.join(missing)}; it has {', '.join(arrays.files)}")
-            return _splits(str(path), *(arrays[name] for name in names))
+            yield arrays
     except SourceError:
         raise
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise SourceError(f"{path} is not a readable npz file: {error}") from error
+
+
+def _from_npz(path: Path) -> Splits:
+    with npz_arrays(path) as arrays:
+        names = ("x_train", "y_train", "x_test", "y_test")
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise SourceError(f"{path} lacks {', '.join(missing)}; it has {', '.join(arrays.files)}")
+        return _splits(str(path), *(arrays[name] for name in names))
 
 
 def _splits(source: str, x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Splits:

@@ -39,7 +39,7 @@ class Alternatives:
 
     Attributes:
         source: the checkpoint whose weights were solved, relative to the run folder.
-        own: the run's pattern, in text form.
+        own: the run's pattern, in text form; the most frequent of several.
         patterns: all that were tried, in order.
         rows: by layer, then by pattern; none where M does not divide the layer's inputs.
     """
@@ -78,8 +78,10 @@ def alternatives(run: Run) -> Alternatives | None:
     layers = list(dict.fromkeys(layer.name for layer in run.layers if layer.pattern))
     if stage not in run.results or not path.is_file() or not layers:
         return None
-    own = Pattern.parse(run.config.sparsity.pattern)
-    patterns = sorted({own, *map(Pattern.parse, _ALWAYS)})
+    claimed = [Pattern.parse(layer.pattern) for layer in run.layers if layer.pattern]
+    asked = run.config.convert.patterns and run.route != "train"
+    own = max(sorted(set(claimed)), key=claimed.count) if asked else Pattern.parse(run.config.sparsity.pattern)
+    patterns = sorted({own, *claimed, *map(Pattern.parse, _ALWAYS)})
     names = tuple(map(str, patterns))
     key = StageCache(run.folder).key(_NAME, {"layers": layers, "patterns": names}, {"weights": path})
     record = run.folder / ".cache" / f"{_NAME}.json"

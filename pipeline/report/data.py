@@ -104,18 +104,23 @@ class Run:
         return ", ".join(claimed) or ("sparse" if self.route == "given" else self.config.sparsity.pattern)
 
     @property
+    def unlabelled(self) -> bool:
+        """Whether the run has no data to score anything on."""
+        return not self.config.labelled
+
+    @property
     def samples(self) -> int | None:
         """Size of the test set; None before `verify`, which is the first to write it down."""
         return self.results["verify"]["samples"] if "verify" in self.results else None
 
     @property
     def dense_accuracy(self) -> float | None:
-        """Of the dense baseline, in [0, 1]."""
+        """Of the dense baseline, in [0, 1]; None where it was not scored."""
         return self.results["dense"]["accuracy"] if "dense" in self.results else None
 
     @property
     def sparse_accuracy(self) -> float | None:
-        """Of the exported sparse model, in ONNX fp32 where that was scored; in [0, 1]."""
+        """Of the exported sparse model, in ONNX fp32 where that was scored; in [0, 1]; None where it was not."""
         if "verify" in self.results:
             return float(self.results["verify"]["accuracy"]["onnx fp32"])
         maker = "best" if "best" in self.results else self.route
@@ -202,22 +207,22 @@ def _route(results: _Results) -> str | None:
     if "best" in results:
         return str(results["best"]["route"])
     made = [route for route in _ROUTES if route in results]
-    return max(made, key=lambda route: results[route]["accuracy"]) if made else None
+    return max(made, key=lambda route: results[route]["accuracy"] or 0.0) if made else None
 
 
 def _scores(config: Config, results: _Results, route: str | None) -> Iterator[Score]:
-    pattern = config.sparsity.pattern
+    pattern, candidates = config.sparsity.pattern, " or ".join(config.candidates)
     zeros = results.get("prune", {}).get("sparsity", 0.0)
     given = results.get("dense", {}).get("given")
     labels = {
         "dense": ("dense checkpoint, given" if given else "dense baseline", "dense"),
         "train": (f"trained sparse ({config.train.recipe})", pattern),
-        "convert": (f"converted from dense ({config.convert.method})", pattern),
+        "convert": (f"converted from dense ({config.convert.method})", candidates),
         "prune": ("pruned, unstructured", f"{zeros:.0%} zeros"),
-        "convert-unstructured": (f"converted from the pruned one ({config.convert.method})", pattern),
+        "convert-unstructured": (f"converted from the pruned one ({config.convert.method})", candidates),
     }
     for stage, (label, text) in labels.items():
-        if stage in results:
+        if stage in results and results[stage]["accuracy"] is not None:
             exported = stage == route and "best" in results
             yield Score(label, text, results[stage]["accuracy"], exported)
     if route == "given":
@@ -225,7 +230,7 @@ def _scores(config: Config, results: _Results, route: str | None) -> Iterator[Sc
     checked = results["verify"]["accuracy"] if "verify" in results else {}
     for key, label in (("onnx fp32", "ONNX fp32"), ("onnx fp16", "ONNX fp16")):
         if key in checked:
-            yield Score(label, pattern if route != "given" else "", checked[key])
+            yield Score(label, labels[route][1] if route in labels else "", checked[key])
     if "dense" in checked:
         yield Score("ONNX fp32 of the dense twin", "dense", checked["dense"])
 

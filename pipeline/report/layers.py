@@ -22,8 +22,11 @@ class LayerRow:
         kept_magnitude: sum of kept abs(w) over sum of abs(w), in [0, 1].
         violations: groups of W that break the pattern; None for a dense layer.
         violations_transposed: groups of W^T that break it; None for a dense layer, or where nobody counted.
-        error_masked: relative output error of the masked weight; conversions only.
-        error: relative output error of the weight that the conversion solved for.
+        predicted_error: relative output error that the plan of a conversion foretold, of the masked weight on the dense
+            model's inputs; None where nothing was predicted.
+        error_masked: relative output error of the masked weight inside the converted model; conversions only.
+        error_own: relative output error of the weight that the conversion solved for, on the dense model's inputs.
+        error: the same inside the converted model, where the layers before it err too.
         eligible: the ONNX weight is 2:4 along the axis that TensorRT reads; None without an ONNX file.
         flag_set: the plan was built with sparse weights allowed; None without a plan.
         picked: in words; empty where the question does not arise.
@@ -38,7 +41,9 @@ class LayerRow:
     kept_magnitude: float | None
     violations: int | None
     violations_transposed: int | None
+    predicted_error: float | None
     error_masked: float | None
+    error_own: float | None
     error: float | None
     eligible: bool | None
     flag_set: bool | None
@@ -64,7 +69,7 @@ def layer_rows(
 
     Args:
         route: the `result.json` of the stage that made the exported checkpoint; empty when it was given.
-        pattern: that the run asked for: conversions do not repeat it in every row.
+        pattern: that the run asked for, where a row does not repeat it.
         onnx: the `sparsity` of the exported file that the plan was built from; None before export.
         plan: the entry of the sparse plan in the build's result; None without one.
 
@@ -72,7 +77,12 @@ def layer_rows(
         In the order of the ONNX graph, then whatever it does not hold. Counts in the ONNX file win over those of
         the stage that made the weights: they are made on what is deployed, by code that the solvers do not share.
     """
-    trained = {row["name"]: {"pattern": pattern, **row} for row in route.get("layers", [])}
+    predicted = _predicted(route.get("plan", {}))
+    trained = {
+        name: {"pattern": pattern, "predicted_error": predicted.get(row["name"]), **row, "name": name}
+        for row in route.get("layers", [])
+        for name in (row["name"], *row.get("tied", ()))
+    }
     for name, reason in route.get("skipped", {}).items():
         trained[name] = {"name": name, **trained.get(name, {}), "pattern": None, "skipped": reason}
     counted: Sequence[Mapping[str, Any]] = onnx["per_layer"] if onnx else ()
@@ -98,7 +108,9 @@ def _row(
         kept_magnitude=torch.get("kept_magnitude"),
         violations=onnx["violations"] if sparse else None,
         violations_transposed=onnx["violations_transposed"] if sparse else None,
+        predicted_error=torch.get("predicted_error"),
         error_masked=torch.get("error_masked"),
+        error_own=torch.get("error_own"),
         error=torch.get("error"),
         eligible=onnx["eligible"],
         flag_set=plan["sparse_weights_flag"] if plan else None,
@@ -118,13 +130,25 @@ def _absent(rows: Iterator[Mapping[str, Any]], *, exported: bool) -> Iterator[La
             kept_magnitude=row.get("kept_magnitude"),
             violations=row.get("violations"),
             violations_transposed=row.get("violations_transposed"),
+            predicted_error=row.get("predicted_error"),
             error_masked=row.get("error_masked"),
+            error_own=row.get("error_own"),
             error=row.get("error"),
             eligible=None,
             flag_set=None,
             picked="",
             why_not=row.get("skipped") or ("not in the ONNX file" if exported else ""),
         )
+
+
+def _predicted(plan: Mapping[str, Any]) -> dict[str, float | None]:
+    """Layer -> error that the plan of a conversion foretold for what it took."""
+    return {
+        layer["name"]: candidate["predicted_error"]
+        for layer in plan.get("layers", [])
+        for candidate in layer["candidates"]
+        if candidate["rejected"] is None
+    }
 
 
 def _picked(plan: Mapping[str, Any], eligible: int) -> str:

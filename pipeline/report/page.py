@@ -76,7 +76,8 @@ def _html(run: Run) -> str:
 def _pictures(run: Run) -> Any:
     if not run.picture:
         return None
-    pattern = Pattern.parse(run.config.sparsity.pattern)
+    drawn = (layer.pattern for layer in run.layers if layer.name == run.picture["layer"])
+    pattern = Pattern.parse(next(drawn, None) or run.config.sparsity.pattern)
     return {"pattern": pattern, "masks": mask_pictures(run.picture["rows"], pattern), "layer": run.picture["layer"]}
 
 

@@ -85,6 +85,12 @@ def missing(run: Run, stage: str, what: str) -> str:
 
 def _accuracy(run: Run) -> str:
     sparse, dense = run.sparse_accuracy, run.dense_accuracy
+    if sparse is None and run.unlabelled and run.route:
+        errors = run.results[run.route]
+        return (
+            f"{run.pattern} was not scored, because the run was given no labels; a layer's output is off by "
+            f"{errors['mean_error']:.1%} on average, {errors['mean_error_own']:.1%} by itself"
+        )
     if sparse is None:
         baseline = "" if dense is None else f"dense scores {dense:.1%}, and "
         return f"{baseline}no sparse checkpoint was made yet"
@@ -127,7 +133,8 @@ def _directions(layers: list[LayerRow]) -> str:
 
 def _latency(run: Run) -> Iterator[str]:
     if "verify" not in run.results:
-        yield "latency was not measured yet"
+        if not run.unlabelled:
+            yield "latency was not measured yet"
         return
     portable = run.latency.get("onnxruntime")
     if portable is None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.pipeline.reports import ALL, RUN, config_text
 from tnm_pipeline.pipeline.cli import main
 
 SMALL = """
@@ -80,3 +82,14 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert ended.code == 0, ended.err
     (folder / "stdout.json").write_text(ended.out, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run folder with every stage's result and no cache records."""
+    target = tmp_path / "run"
+    for stage in ALL:
+        target.joinpath(stage).mkdir(parents=True)
+        shutil.copyfile(RUN / f"{stage}.json", target / stage / "result.json")
+    target.joinpath("config.toml").write_text(config_text(target), encoding="utf-8")
+    return target

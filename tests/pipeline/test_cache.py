@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tnm_pipeline.pipeline.cache import STATE_FILE, StageCache, locked, source_fingerprint
+from tnm_pipeline.pipeline.cache import HUB, JOURNAL, STATE_FILE, StageCache, locked, source_fingerprint
 from tnm_pipeline.pipeline.errors import ConfigError, RunLocked
 
 
@@ -86,6 +86,15 @@ def test_the_state_of_an_interrupted_training_stays_for_the_same_key_only(cache:
     assert not list(target.iterdir())
 
 
+def test_the_journal_of_an_interrupted_conversion_stays_for_the_same_key_only(cache: StageCache) -> None:
+    for key, stays in (("key", True), ("other key", False)):
+        layer = cache.begin("stage", "key") / JOURNAL / "layer.safetensors"
+        layer.parent.mkdir(exist_ok=True)
+        layer.write_text("x")
+        cache.begin("stage", key)
+        assert layer.exists() == stays
+
+
 def test_files_that_no_run_made_are_left_alone(cache: StageCache, tmp_path: Path) -> None:
     """As with --folder . in a project that has a folder `train` of its own."""
     mine = tmp_path / "stage/mine.py"
@@ -148,6 +157,29 @@ def test_a_source_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.Mo
     assert source_fingerprint("mine:f") != model
     assert source_fingerprint("data.npz") != data
     assert source_fingerprint("digits") == "digits"
+
+
+def test_a_folder_is_known_by_names_and_contents(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub/one").write_bytes(b"1")
+    known = {source_fingerprint(str(folder)), source_fingerprint(f"hf:{folder}")}
+    assert len(known) == 1
+    (folder / ".hidden").write_bytes(b"2")
+    assert source_fingerprint(str(folder)) in known
+    for change in (lambda: (folder / "two").write_bytes(b"2"), lambda: (folder / "two").rename(folder / "sub/two")):
+        change()
+        assert source_fingerprint(str(folder)) not in known
+        known.add(source_fingerprint(str(folder)))
+
+
+def test_a_name_on_the_hub_is_no_module_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tnm_pipeline.training import sources
+
+    assert HUB == sources.HUB
+    (tmp_path / "hf.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert source_fingerprint("hf:some/model") == "hf:some/model"
 
 
 @pytest.mark.parametrize("source", ["absent:f", "absent.below:f", ":f", "absent.npz", ""])

@@ -1,13 +1,13 @@
 """Configurations: everything that is valid survives being written down; everything else is named by its place."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tnm_pipeline.pipeline.config import Config, load_config
+from tnm_pipeline.pipeline.config import Config, ConvertSection, load_config
 from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.training.pattern import PatternError
 
@@ -40,6 +40,15 @@ TREES = st.fixed_dictionaries(
         "train": st.fixed_dictionaries(
             {}, optional={"epochs": POSITIVE, "lr": st.floats(0, 10, exclude_min=True), "warmup": st.floats(0, 0.99)}
         ),
+        "convert": st.sampled_from(
+            [
+                {},
+                {"choose": "zeros", "confidence": 0.9, "patterns": ["2:4-T", "4:8"]},
+                {"choose": "budget", "max_dense": 0.13, "workers": 2},
+                {"reference": "dense.pt", "keep_first": False},
+            ]
+        ),
+        "calibration": st.fixed_dictionaries({"source": st.just("text.txt")}, optional={"args": st.just({"a": 1})}),
         "trt": st.fixed_dictionaries({}, optional={"batch": st.tuples(*[POSITIVE] * 3).map(sorted)}),
         "verify": st.fixed_dictionaries({}, optional={"min_speedup": st.floats(0.1, 10)}),
     },
@@ -82,6 +91,14 @@ def test_what_is_valid_survives_being_written_down(tmp_path: Path, tree: dict[st
         ("trt.compute_capabilities=['8.0', '8.0']", "name each one once"),
         ("verify.latency_batch=65", "^the configuration: verify.latency_batch = 65 is outside"),
         ("export.opset=23", "export.opset = 23"),
+        ("convert.confidence=0.9", "convert: confidence belongs to choose = zeros, and choose is pattern"),
+        ("convert={choose = 'zeros', work = 0.5}", "work belongs to choose = budget, and choose is zeros"),
+        ("convert.choose=error", "choose = error needs most_error"),
+        ("convert.choose=budget", "choose = budget needs either max_dense"),
+        ("convert={choose = 'budget', work = 0.5, max_dense = 0.1}", "choose = budget needs either max_dense"),
+        ("convert.workers=0", "convert.workers = 0"),
+        ("convert.patterns=['2:4', ' 2:4']", "name each one once"),
+        ("calibration.args={size = 64}", "args belong to a source: set calibration.source too"),
     ],
 )
 def test_what_is_not_valid_is_named_by_its_place(override: str, said: str) -> None:
@@ -100,3 +117,17 @@ def test_later_overrides_win_and_options_win_over_all(tmp_path: Path) -> None:
 def test_a_value_needs_no_quotes_in_a_shell() -> None:
     assert load_config(None, ["convert.method=adaprune"]).convert.method == "adaprune"
     assert load_config(None, ["model.args.name=a=b"]).model.args == {"name": "a=b"}
+
+
+def test_the_choices_are_those_of_the_conversion() -> None:
+    from tnm_pipeline.training.convert import METHODS
+    from tnm_pipeline.training.convert.planning import Choose
+
+    methods, ways = (ConvertSection.model_fields[name].annotation for name in ("method", "choose"))
+    assert get_args(methods) == tuple(METHODS)
+    assert get_args(ways) == get_args(Choose)
+
+
+def test_a_conversion_chooses_from_its_own_patterns_if_it_has_any() -> None:
+    assert load_config(None, ["sparsity.pattern=4:8"]).candidates == ("4:8",)
+    assert load_config(None, ["convert.patterns=['2:4-T', '2:4']"]).candidates == ("2:4-T", "2:4")

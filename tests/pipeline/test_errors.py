@@ -12,7 +12,8 @@ from tnm_pipeline import engines, export, pipeline, training
 from tnm_pipeline.pipeline.errors import ExitCode, exit_code, explain
 
 # SessionClosed: a caller used a session after closing it, which no command does.
-BUGS = {"tnm_pipeline.engines.errors.SessionClosed"}
+# DataflowError: a model whose dataflow cannot be followed is converted without knowing it.
+BUGS = {"tnm_pipeline.engines.errors.SessionClosed", "tnm_pipeline.training.convert.tracing.DataflowError"}
 
 
 def named_errors() -> Iterator[type[Exception]]:
@@ -53,6 +54,13 @@ def test_every_named_error_has_a_code() -> None:
 def test_errors_of_the_system(error: BaseException, code: ExitCode, said: str) -> None:
     assert exit_code(error) is code
     assert said in explain(error)
+
+
+def test_a_package_that_is_missing_is_no_fault_of_the_input() -> None:
+    from tnm_pipeline.training.sources import MissingPackageError, SourceError
+
+    assert exit_code(MissingPackageError("x")) is ExitCode.ENVIRONMENT
+    assert exit_code(SourceError("x")) is ExitCode.INPUT_REJECTED
 
 
 def test_running_out_of_gpu_memory_is_no_bug() -> None:

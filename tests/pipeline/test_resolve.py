@@ -55,6 +55,21 @@ def test_nobody_says_which(section: str) -> None:
         resolve(None, [f"{other}.source=digits"], {})
 
 
+def test_what_hugging_face_holds_is_no_code(tmp_path: Path) -> None:
+    path = written(tmp_path / "hub.safetensors", {"model": {"source": "hf:some/model", "args": {}}, "data": DATA})
+    assert resolve(None, [], {}, remembers=path).model.source == "hf:some/model"
+
+
+def test_unlabelled_inputs_will_do_for_a_conversion_alone(tmp_path: Path) -> None:
+    path = written(tmp_path / "unlabelled.safetensors", {"model": BUILT_IN, "data": {"source": "", "args": {}}})
+    given = {"calibration.source": "x.npz"}
+    assert not resolve(None, [], given, remembers=path, needs_labels=False).labelled
+    with pytest.raises(ConfigError, match=r"which data\?.*or --calibration"):
+        resolve(None, [], {}, remembers=path, needs_labels=False)
+    with pytest.raises(ConfigError, match=r"which data\?(?!.*--calibration)"):
+        resolve(None, [], given, remembers=path)
+
+
 @pytest.mark.parametrize("record", [None, [], 3, "x", {"model": 3}, {"model": {}}, {"model": {"source": 3}}])
 def test_a_record_that_makes_no_sense_says_nothing(tmp_path: Path, record: object) -> None:
     header = json.dumps({"__metadata__": {"tnm_pipeline": json.dumps(record)}}).encode()

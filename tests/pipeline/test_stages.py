@@ -39,6 +39,10 @@ LEARNING = {"dense", "train", "prune", "convert", "convert-unstructured"}
         ("train.recipe=static", {"train"}),
         ("train.epochs=3", {"dense", "train"}),
         ("convert.method=adaprune", {"convert", "convert-unstructured"}),
+        ("convert.keep_first=false", {"convert", "convert-unstructured"}),
+        ("calibration.source=x.npz", {"convert", "convert-unstructured"}),
+        ("convert.workers=7", set[str]()),
+        ("convert.unstructured=0.7", {"prune"}),
         ("sparsity.pattern=2:4", LEARNING - {"dense"}),
         ("model.args.channels=3", LEARNING | {"export", "verify"}),
     ],
@@ -89,6 +93,28 @@ def test_only_what_a_target_needs_is_run(targets: set[str], expected: list[str])
 
 def test_a_given_sparse_checkpoint_needs_no_learning() -> None:
     assert list(stages("export.checkpoint=mine.safetensors")) == ["best", "export", "build", "verify"]
+
+
+def test_a_pruned_checkpoint_is_fitted_to_the_dense_one_or_to_what_is_given() -> None:
+    converting = stages()["convert-unstructured"]
+    assert converting.inputs["dense"] == FOLDER / "dense/model.safetensors"
+    graph = stages("convert.reference=mine.pt")
+    for name in ("convert", "convert-unstructured"):
+        assert graph[name].inputs["reference"] == Path("mine.pt")
+    assert "dense" not in graph["convert-unstructured"].inputs
+
+
+@pytest.mark.parametrize("what", ["source", "tokenizer"])
+def test_the_content_of_calibration_data_and_tokenizers_is_a_setting(tmp_path: Path, what: str) -> None:
+    changing = tmp_path / "folder/sub"
+    changing.mkdir(parents=True)
+    (changing / "one").write_text("1")
+    folder = {"source": str(changing.parent), "tokenizer": "x.txt"}[what]
+    given = (f"calibration.source='{folder}'", f"calibration.args={{tokenizer = '{changing.parent}'}}")
+    before = stages(*given)["convert"].settings
+    assert stages(*given)["convert"].settings == before
+    (changing / "one").write_text("2")
+    assert stages(*given)["convert"].settings != before
 
 
 def absolute(path: Path) -> str:

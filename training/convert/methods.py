@@ -1,31 +1,56 @@
-"""The methods by name: an objective, a weight and its mask in, the new weight out."""
+"""The methods by name, and what a caller must know of them before any work is done."""
 
-from collections.abc import Callable
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable
 
 from tnm_pipeline.training.convert.adaprune import adaprune
+from tnm_pipeline.training.convert.admm import admm
 from tnm_pipeline.training.convert.least_squares import least_squares
-from tnm_pipeline.training.convert.objective import Objective, Solution
-
-Method = Callable[[Objective, Tensor, Tensor], Solution]
-"""Called as ``method(objective, weight, mask)``: weight (O, K) float64, mask (O, K) bool, `True` = kept."""
-
-
-def magnitude(objective: Objective, weight: Tensor, mask: Tensor) -> Solution:
-    """Keep what the mask keeps and change nothing else: the baseline of every other method.
-
-    Args:
-        objective: not read.
-        weight: (O, K).
-        mask: (O, K) bool.
-    """
-    return Solution(torch.where(mask, weight, 0.0))
-
+from tnm_pipeline.training.convert.magnitude import magnitude
+from tnm_pipeline.training.convert.problem import Method
+from tnm_pipeline.training.convert.sparsegpt import sparsegpt
+from tnm_pipeline.training.pattern import Pattern
 
 METHODS: dict[str, Method] = {
+    "admm": admm,
     "least-squares": least_squares,
+    "sparsegpt": sparsegpt,
     "adaprune": adaprune,
     "magnitude": magnitude,
 }
+ROW_WISE_ONLY = frozenset({"sparsegpt"})
+"""Methods whose masks cannot follow a transposable pattern."""
+
+
+class MethodError(ValueError):
+    """A method that does not exist, or that cannot follow a pattern."""
+
+
+def supports(name: str, pattern: Pattern) -> bool:
+    """Whether a method of `METHODS` can follow a pattern."""
+    return not (pattern.transposable and name in ROW_WISE_ONLY)
+
+
+def find_method(name: str, patterns: Iterable[Pattern]) -> Method:
+    """Look a method up and check that it can follow all patterns it will be given.
+
+    Args:
+        name: a name in `METHODS`.
+        patterns: of the layers.
+
+    Returns:
+        The method.
+
+    Raises:
+        MethodError: no such method, or a transposable pattern for a method that is row-wise only.
+    """
+    if name not in METHODS:
+        raise MethodError(f"unknown conversion method {name!r}: choose one of {', '.join(METHODS)}")
+    for pattern in patterns:
+        if not supports(name, pattern):
+            row_wise = Pattern(pattern.n, pattern.m)
+            others = ", ".join(other for other in METHODS if supports(other, pattern))
+            raise MethodError(
+                f"method {name} cannot follow {pattern}: it prunes column by column and so never sees how many weights "
+                f"a column keeps; use {row_wise}, or one of {others}"
+            )
+    return METHODS[name]

@@ -5,10 +5,12 @@ dense layer without its bias:
 
     || X W'^T + d - T ||^2,    d = (new bias) - (bias of the dense layer)
 
-Expanded, this needs X only through X^T X, T^T X, the sums of x and t, and ||T||^2. Those are accumulated batch by batch
-in float64; the error of any candidate, its gradient and its minimum follow without seeing the data again.
+Written around weights that are nearly right, W' = B + D with the dense layer's own B, this is ``|| X D^T + d - R ||^2``
+with the residual ``R = T - X B^T``, which is zero on the dense model's own inputs. Expanded, it needs X only through
+X^T X, R^T X, the sums of x and r, and ||R||^2; the error of any candidate, its gradient and its minimum follow without
+seeing the data again, and no large terms cancel.
 
-The best d for a given W' is ``mean(t) - W' mean(x)``. With it, the objective is the same one over centred data, so a
+The best d for a given W' is ``mean(r) - D mean(x)``. With it, the objective is the same one over centred data, so a
 layer with a bias is fitted on `Objective.centred` and its bias is set afterwards; a layer without one is fitted as is.
 
 Source: the objective is that of Hubara et al. 2021, section 4 (AdaPrune).
@@ -17,64 +19,123 @@ Shape legend: S = samples (tokens, or images x positions), O = out features, K =
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import sqrt
 
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-6  # of float32 products, relative to the sum
+
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """Sums over samples of one layer; those of two sets of samples add up with ``+``.
+    """Sums over samples of one layer; those of two sets of samples around the same base add up with ``+``.
 
     Attributes:
         gram: (K, K) float64, X^T X.
-        cross: (O, K) float64, T^T X.
+        base: (O, K) float64, B.
+        residual_cross: (O, K) float64, R^T X.
         input_sum: (K,) float64.
-        target_sum: (O,) float64.
-        target_square: ||T||^2, the sum over samples and outputs.
+        residual_sum: (O,) float64.
+        residual_squares: (O,) float64, ||R||^2 of each output.
+        target_squares: (O,) float64, ||T||^2 of each output.
         samples: S.
     """
 
     gram: Tensor
-    cross: Tensor
+    base: Tensor
+    residual_cross: Tensor
     input_sum: Tensor
-    target_sum: Tensor
-    target_square: float
+    residual_sum: Tensor
+    residual_squares: Tensor
+    target_squares: Tensor
     samples: int
 
     @classmethod
-    def of(cls, inputs: Tensor, targets: Tensor) -> "Objective":
+    def of(cls, inputs: Tensor, targets: Tensor, base: Tensor | None = None) -> "Objective":
         """Sum over one set of samples: O(S K (K + O)).
 
         Args:
             inputs: (S, K), any float dtype.
             targets: (S, O), the dense outputs without bias.
+            base: (O, K), B; default: zeros.
         """
         x, t = inputs.double(), targets.double()
-        return cls(x.T @ x, t.T @ x, x.sum(0), t.sum(0), float(t.square().sum()), len(x))
+        around = t.new_zeros(t.shape[1], x.shape[1]) if base is None else base.double()
+        r = t - x @ around.T
+        return cls(x.T @ x, around, r.T @ x, x.sum(0), r.sum(0), r.square().sum(0), t.square().sum(0), len(x))
 
     def __add__(self, other: "Objective") -> "Objective":
+        assert self.base is other.base or torch.equal(self.base, other.base), "sums around different weights"
         return Objective(
             self.gram + other.gram,
-            self.cross + other.cross,
+            self.base,
+            self.residual_cross + other.residual_cross,
             self.input_sum + other.input_sum,
-            self.target_sum + other.target_sum,
-            self.target_square + other.target_square,
+            self.residual_sum + other.residual_sum,
+            self.residual_squares + other.residual_squares,
+            self.target_squares + other.target_squares,
             self.samples + other.samples,
         )
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """(O, K) float64, T^T X."""
+        return self.residual_cross + self.base @ self.gram
 
     def centred(self) -> "Objective":
         """The objective over x - mean(x) and t - mean(t): what is left to W' when the bias is always the best one."""
         mean_input = self.input_sum / self.samples
+        target_sum = self.residual_sum + self.base @ self.input_sum
+        gram = torch.addr(self.gram, self.input_sum, mean_input, alpha=-1)
+        # what is left of an input that never changes is rounding
+        changes = gram.diagonal() > _ROUNDING * self.gram.diagonal()
+        gram.mul_(changes).mul_(changes[:, None])
         return replace(
             self,
-            gram=self.gram - torch.outer(self.input_sum, mean_input),
-            cross=self.cross - torch.outer(self.target_sum, mean_input),
+            gram=gram,
+            residual_cross=(self.residual_cross - torch.outer(self.residual_sum, mean_input)) * changes,
             input_sum=torch.zeros_like(self.input_sum),
-            target_sum=torch.zeros_like(self.target_sum),
-            target_square=self.target_square - float(self.target_sum.square().sum()) / self.samples,
+            residual_sum=torch.zeros_like(self.residual_sum),
+            residual_squares=(self.residual_squares - self.residual_sum.square() / self.samples).clamp_min_(0.0),
+            target_squares=(self.target_squares - target_sum.square() / self.samples).clamp_min_(0.0),
         )
+
+    def blended(self, other: "Objective", share: float) -> "Objective":
+        """(1 - share) of this objective and `share` of another one of as many samples, around the same base.
+
+        Args:
+            other: the other one.
+            share: in [0, 1].
+        """
+        assert self.base is other.base, "sums around different weights"
+        return Objective(
+            torch.lerp(self.gram, other.gram, share),
+            self.base,
+            torch.lerp(self.residual_cross, other.residual_cross, share),
+            torch.lerp(self.input_sum, other.input_sum, share),
+            torch.lerp(self.residual_sum, other.residual_sum, share),
+            torch.lerp(self.residual_squares, other.residual_squares, share),
+            torch.lerp(self.target_squares, other.target_squares, share),
+            self.samples,
+        )
+
+    def rows(self, part: slice) -> "Objective":
+        """The objective of some of the outputs."""
+        return replace(
+            self,
+            base=self.base[part],
+            residual_cross=self.residual_cross[part],
+            residual_sum=self.residual_sum[part],
+            residual_squares=self.residual_squares[part],
+            target_squares=self.target_squares[part],
+        )
+
+    @property
+    def target_square(self) -> float:
+        """||T||^2, the sum over samples and outputs."""
+        return float(self.target_squares.sum())
 
     @property
     def live_inputs(self) -> int:
@@ -88,26 +149,33 @@ class Objective:
 
     def is_finite(self) -> bool:
         """Whether no sum met NaN or Inf."""
-        sums = (self.gram.sum(), self.cross.sum(), self.input_sum.sum(), self.target_sum.sum())
-        return bool(torch.isfinite(torch.stack(sums)).all()) and self.target_square < float("inf")
+        sums = (self.gram, self.residual_cross, self.input_sum, self.residual_squares, self.target_squares)
+        return all(bool(torch.isfinite(some).all()) for some in sums)
 
-    def squared_error(self, weight: Tensor, shift: Tensor | None = None) -> float:
-        """||X W'^T + d - T||^2.
+    def squared_errors(self, weight: Tensor, shift: Tensor | None = None) -> Tensor:
+        """||X W'^T + d - T||^2 of each output.
 
         Args:
             weight: (O, K), W'.
             shift: (O,), d; `None` = zero.
+
+        Returns:
+            (O,) float64.
         """
-        w = weight.double()
-        error = float(((w @ self.gram) * w).sum() - 2 * (w * self.cross).sum()) + self.target_square
+        change = weight.double() - self.base
+        errors = ((change @ self.gram) * change).sum(1) - 2 * (change * self.residual_cross).sum(1)
         if shift is not None:
             d = shift.double()
-            cross = d @ (w @ self.input_sum - self.target_sum)
-            error += float(2 * cross + self.samples * d.square().sum())
-        return max(error, 0.0)  # the terms cancel: a perfect fit can come out as -1e-16 of ||T||^2
+            errors += d * (2 * (change @ self.input_sum - self.residual_sum) + self.samples * d)
+        # the terms cancel where W' absorbs R: a perfect fit can come out as -1e-16 of ||R||^2
+        return (errors + self.residual_squares).clamp_min_(0.0)
+
+    def squared_error(self, weight: Tensor, shift: Tensor | None = None) -> float:
+        """||X W'^T + d - T||^2, the sum over samples and outputs; arguments as of `squared_errors`."""
+        return float(self.squared_errors(weight, shift).sum())
 
     def relative_error(self, weight: Tensor, shift: Tensor | None = None) -> float:
-        """||X W'^T + d - T|| / ||T||, exact to about 1e-7.
+        """||X W'^T + d - T|| / ||T||.
 
         T excludes the dense bias, so that a large bias cannot make a bad fit look small. Where T is zero, a layer that
         should be silent scores 0 if it is and 1 if it is not.
@@ -120,16 +188,3 @@ class Objective:
         if self.target_square == 0:
             return float(squared > 0)
         return sqrt(squared / self.target_square)
-
-
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """What a method returns.
-
-    Attributes:
-        weight: (O, K) float64, zero wherever the mask is `False`.
-        damping: what was added to the diagonal of the gram matrix, relative to its mean; 0 for methods that add none.
-    """
-
-    weight: Tensor
-    damping: float = 0.0

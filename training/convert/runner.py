@@ -1,211 +1,152 @@
 """convert(): a dense or unstructured model becomes N:M, layer by layer, in the order in which its layers run."""
 
 import copy
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tnm_pipeline.training.convert.batch_norm import retune_batch_norm as retune
-from tnm_pipeline.training.convert.bias import correct_bias, shift_of
-from tnm_pipeline.training.convert.calibration import (
-    check_batches,
-    collect,
-    evaluating,
-    execution_order,
-    prunable_layer,
-)
-from tnm_pipeline.training.convert.methods import METHODS, Method
-from tnm_pipeline.training.convert.objective import Objective
-from tnm_pipeline.training.layout import PRUNABLE, from_gemm, to_gemm
-from tnm_pipeline.training.masks import Solver, count_violations, kept_magnitude, solve
+from tnm_pipeline.training.convert.batch import Batch, CalibrationError, check_batches, head
+from tnm_pipeline.training.convert.calibration import evaluating, one_thread, prunable_layer
+from tnm_pipeline.training.convert.choosing import Scene, plan_by_preference
+from tnm_pipeline.training.convert.group import Group
+from tnm_pipeline.training.convert.journal import Journal, identify
+from tnm_pipeline.training.convert.methods import find_method
+from tnm_pipeline.training.convert.plan import Plan
+from tnm_pipeline.training.convert.reorder import find_reorderings, reorder
+from tnm_pipeline.training.convert.result import Conversion
+from tnm_pipeline.training.convert.schedule import schedule
+from tnm_pipeline.training.convert.walk import Walk
+from tnm_pipeline.training.convert.work import measure_work
+from tnm_pipeline.training.layout import PRUNABLE
+from tnm_pipeline.training.masks import Solver
 from tnm_pipeline.training.pattern import Pattern
-from tnm_pipeline.training.selection import Choice, Selection, select
-
-
-@dataclass(frozen=True)
-class ConvertedLayer:
-    """What happened to one layer. Errors are ||Y' - Y|| / ||Y - dense bias|| on the calibration data.
-
-    Attributes:
-        name: in the model.
-        type: `Linear` or `Conv2d`.
-        shape: of the weight.
-        gemm_shape: (O, K) of its GEMM matrix.
-        samples: rows of the GEMM that were seen.
-        live_inputs: columns that were not zero throughout. Fewer samples or live inputs than K: rank-deficient.
-        kept_magnitude: of the old weight by the mask, in [0, 1].
-        error_masked: of the masked weight with the old bias.
-        error: of the new weight and bias, as stored.
-        seconds: for the mask, the weight and the bias; calibration excluded.
-        damping: used, relative to the mean diagonal of the gram matrix; 0: none.
-        violations: of the pattern in the new weight; always 0.
-    """
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    gemm_shape: tuple[int, int]
-    samples: int
-    live_inputs: int
-    kept_magnitude: float
-    error_masked: float
-    error: float
-    seconds: float
-    damping: float
-    violations: int
-
-    def to_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, eq=False)
-class Conversion:
-    """What `convert` did to a model.
-
-    Attributes:
-        layers: in the order of execution, which is the order of conversion.
-        masks: layer name -> bool, shape of the weight, `True` = kept.
-        choice: the layers chosen, and why the others were not.
-        batch_norms: how many were re-tuned.
-    """
-
-    layers: list[ConvertedLayer]
-    masks: dict[str, Tensor]
-    choice: Choice
-    batch_norms: int
-
-    @property
-    def mean_error(self) -> float:
-        """Mean over layers of the error on the calibration data."""
-        return sum(layer.error for layer in self.layers) / len(self.layers)
-
-    def to_dict(self) -> dict[str, object]:
-        """For JSON; masks are left out: they are the non-zeros of the weights."""
-        return {
-            "layers": [layer.to_dict() for layer in self.layers],
-            "skipped": dict(self.choice.skipped),
-            "mean_error": self.mean_error,
-            "batch_norms": self.batch_norms,
-        }
+from tnm_pipeline.training.selection import FOR_CONVERSION, Selection, select
 
 
 @torch.no_grad()
 def convert(
     model: nn.Module,
-    pattern: Pattern,
-    batches: Sequence[Tensor],
+    pattern: Pattern | Plan,
+    batches: Sequence[Batch],
     *,
-    method: str = "least-squares",
+    method: str = "admm",
     reference: nn.Module | None = None,
     selection: Selection | None = None,
     solver: Solver = "exact",
     sequential: bool = True,
     retune_batch_norm: bool = True,
+    reorder_channels: bool = True,
+    workers: int = 1,
+    journal: Path | None = None,
     on_layer: Callable[[str, int, int], None] | None = None,
 ) -> Conversion:
     """Make a model's weights N:M and repair what that breaks, from unlabelled inputs alone.
 
-    For each layer: collect its objective, choose the mask by magnitude, fit the kept weights, set the bias. Each layer
-    costs one partial pass over the batches in both models; memory is one copy of the model and one layer's sums,
-    K^2 + O K float64. The same inputs give the same bits, on one machine and number of threads.
+    The dense and the converted model run side by side, once, over all batches, and stop before each layer until it is
+    converted. Memory: a copy of the chosen layers, the activations of both models at one stop, one layer's sums.
+
+    The same inputs give the same bits for any number of workers, and of processes if torch.distributed is initialised;
+    every process must be given the same arguments. PyTorch's own threads are set to 1 meanwhile.
 
     Args:
         model: changed in place: weights, biases, running statistics of batch norms. Its modules, modes and gradients
             stay what they are. After an error it is half converted.
-        pattern: the rule.
-        batches: unlabelled inputs, passed to the model one tensor at a time; read several times.
+        pattern: the rule, or a plan with one for each layer.
+        batches: unlabelled inputs. Padding is what `attention_mask` leaves out, and does not count.
         method: a name in `METHODS`.
         reference: the model whose layer outputs are the targets; default: `model` as it is now. For an unstructured
             checkpoint, give the dense model it came from if there is one.
-        selection: which layers; default: all but the last.
+        selection: which layers, if `pattern` is no plan; default: all but the first and the last.
         solver: of the masks.
-        sequential: fit each layer to the inputs that the converted layers before it really give, rather than to those
-            of the dense model.
-        retune_batch_norm: average the running statistics anew over the batches: after every layer if sequential, so
-            that the next layer is fitted to what it will get; otherwise once, at the end.
+        sequential: fit each layer also to the inputs that the converted layers before it really give, rather than to
+            those of the dense model alone.
+        retune_batch_norm: set running statistics so that outputs keep the dense model's mean and spread.
+        reorder_channels: renumber channels between layers first, where the dataflow allows it, so that the masks keep
+            more. The network computes the same, with its weights in another order, which `Conversion.reorderings` has.
+        workers: threads that share the work.
+        journal: folder that keeps finished layers, so that a killed conversion goes on from there. Several processes
+            must see the same folder.
         on_layer: called after each layer with its name, its number from 1 on, and their count.
 
     Returns:
         The report and the masks.
 
     Raises:
-        CalibrationError: no batches, or NaN in them or in a layer.
-        ValueError: an unknown method, nothing to convert, or a reference that has other layers.
+        CalibrationError: no batches, or NaN in them or in a layer, or the model fails on them.
+        MethodError: an unknown method, or one that cannot follow the pattern.
+        JournalError: the folder is another conversion's.
+        SelectionError, PlanError: nothing to convert.
+        ValueError: a reference that has other layers.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown conversion method {method!r}: choose one of {', '.join(METHODS)}")
     check_batches(batches)
-    choice = select(model, pattern, selection)
-    if reference is None:
-        reference = copy.deepcopy(model)
-    _check_reference(reference, model, choice)
-    layers: list[ConvertedLayer] = []
-    masks: dict[str, Tensor] = {}
-    norms = 0
-    with evaluating(model, reference):
-        order = execution_order(model, choice.chosen, batches[0])
-        choice = _without_idle(choice, order)
-        for name, calls in order.items():
-            objective = collect(reference, model, name, batches, calls=calls, sequential=sequential)
-            layer = prunable_layer(model, name)
-            mask, converted = _convert_layer(
-                name, layer, prunable_layer(reference, name), objective, pattern, METHODS[method], solver
-            )
-            masks[name] = mask
-            layers.append(converted)
-            if retune_batch_norm and (sequential or len(layers) == len(order)):
-                norms = retune(model, batches)
-            if on_layer is not None:
-                on_layer(name, len(layers), len(order))
-    return Conversion(layers, masks, choice, norms)
+    group = Group.here(workers)
+    if group.size > len(batches):
+        raise CalibrationError(
+            f"{group.size} processes share {len(batches)} batches: start at most {len(batches)}, or make the batches "
+            "smaller"
+        )
+    plan = pattern if isinstance(pattern, Plan) else plan_for(model, pattern, batches[0], selection)
+    chosen_method = find_method(method, plan.patterns.values())
+    if reference is model:
+        reference = None
+    if reference is not None:
+        _check_reference(reference, model, plan)
+    settings = {
+        "patterns": {name: str(one) for name, one in plan.patterns.items()},
+        "method": method,
+        "solver": solver,
+        "sequential": sequential,
+        "retune_batch_norm": retune_batch_norm,
+        "reorder_channels": reorder_channels,
+    }
+    models = [model] if reference is None else [model, reference]
+    book = Journal(journal, identify(models, batches, settings)) if journal is not None else None
+    with evaluating(*models), one_thread():
+        reorderings = find_reorderings(model, plan, batches[0]) if reorder_channels else []
+        reorder(model, reorderings)
+        if reference is None:
+            dense = _twin(model, plan)
+        else:
+            dense = copy.deepcopy(reference) if reorderings else reference
+            reorder(dense, reorderings)
+        order = schedule(model, plan.stops, batches[0], norms=retune_batch_norm)
+        walk = Walk(model, dense, plan, chosen_method, solver, group, order, sequential, book, on_layer)
+        conversion = walk.run({index: batches[index] for index in group.mine(len(batches))}, batches[0])
+    return replace(conversion, reorderings=tuple(reorderings))
 
 
-def _convert_layer(
-    name: str,
-    layer: nn.Linear | nn.Conv2d,
-    dense: nn.Linear | nn.Conv2d,
-    objective: Objective,
-    pattern: Pattern,
-    method: Method,
-    solver: Solver,
-) -> tuple[Tensor, ConvertedLayer]:
-    """Convert one layer in place; returns its mask, weight-shaped, and its line of the report."""
-    began = time.perf_counter()
-    mask = solve(layer.weight, pattern, solver)
-    old = to_gemm(layer.weight.detach()).double()
-    gemm_mask = to_gemm(mask)
-    kept = kept_magnitude(layer.weight, mask)
-    error_masked = objective.relative_error(torch.where(gemm_mask, old, 0.0), shift_of(layer, dense))
-    solution = method(objective if layer.bias is None else objective.centred(), old, gemm_mask)
-    layer.weight.copy_(from_gemm(torch.where(gemm_mask, solution.weight, 0.0), layer.weight.shape))
-    correct_bias(layer, dense, objective)
-    violations = count_violations(layer.weight, pattern).of(pattern)
-    if violations:
-        raise AssertionError(f"layer {name} breaks {pattern} in {violations} groups after conversion: a bug")
-    return mask, ConvertedLayer(
-        name=name,
-        type=type(layer).__name__,
-        shape=tuple(layer.weight.shape),
-        gemm_shape=(old.shape[0], old.shape[1]),
-        samples=objective.samples,
-        live_inputs=objective.live_inputs,
-        kept_magnitude=kept,
-        error_masked=error_masked,
-        error=objective.relative_error(to_gemm(layer.weight.detach()), shift_of(layer, dense)),
-        seconds=time.perf_counter() - began,
-        damping=solution.damping,
-        violations=violations,
-    )
+@torch.no_grad()
+def plan_for(model: nn.Module, pattern: Pattern, example: Batch, selection: Selection | None = None) -> Plan:
+    """One pattern for every layer that the rules leave and that it fits.
+
+    Args:
+        model: in any mode.
+        pattern: the rule.
+        example: a batch, of which the first examples are run.
+        selection: default: all layers but the first and the last.
+
+    Raises:
+        SelectionError, PlanError: no layer is left.
+    """
+    choice = select(model, pattern, selection or FOR_CONVERSION)
+    return plan_by_preference(Scene(model, choice, measure_work(model, head(example, 2)), [pattern]))
 
 
-def _check_reference(reference: nn.Module, model: nn.Module, choice: Choice) -> None:
+def _twin(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy that shares what the conversion does not change."""
+    changed = {id(prunable_layer(model, name).weight) for name in plan.stops}
+    changed |= {id(prunable_layer(model, name).bias) for name in plan.stops}
+    shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in changed}
+    return copy.deepcopy(model, shared)
+
+
+def _check_reference(reference: nn.Module, model: nn.Module, plan: Plan) -> None:
     """Refuse a reference without the chosen layers, before any work is done."""
     theirs = {name: module.weight.shape for name, module in reference.named_modules() if isinstance(module, PRUNABLE)}
-    for name in choice.chosen:
+    for name in plan.stops:
         shape = prunable_layer(model, name).weight.shape
         if theirs.get(name) != shape:
             other = f"has shape {tuple(theirs[name])}" if name in theirs else "is absent"
@@ -213,15 +154,3 @@ def _check_reference(reference: nn.Module, model: nn.Module, choice: Choice) -> 
                 f"layer {name} has shape {tuple(shape)} in the model and {other} in the reference: "
                 "give the dense model of the same architecture"
             )
-
-
-def _without_idle(choice: Choice, order: dict[str, int]) -> Choice:
-    """Move the chosen layers that never run to the skipped ones.
-
-    Raises:
-        ValueError: none is left.
-    """
-    idle = {name: "never called on the first calibration batch" for name in choice.chosen if name not in order}
-    if not order:
-        raise ValueError(f"none of the chosen layers runs on the calibration data: {', '.join(idle)}")
-    return Choice(tuple(name for name in choice.chosen if name in order), choice.skipped | idle)

@@ -1,71 +1,75 @@
-"""convert() on small networks."""
+"""convert() on small networks: what it stores, reports, refuses and leaves alone."""
 
 import copy
 import json
+import threading
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tnm_pipeline.training.convert import METHODS, CalibrationError, Conversion, convert, layer_errors
-from tnm_pipeline.training.convert.calibration import prunable_layer
-from tnm_pipeline.training.masks import count_violations, solve
+from tests.training.convert.networks import (
+    ALL,
+    Backwards,
+    bias_of,
+    conv_net,
+    images,
+    mlp,
+    same_bits,
+    vectors,
+    violations,
+    weight_of,
+)
+from tnm_pipeline.training.convert import (
+    METHODS,
+    CalibrationError,
+    Conversion,
+    MethodError,
+    convert,
+    layer_errors,
+    plan_for,
+)
+from tnm_pipeline.training.convert.choosing import Scene, plan_by_preference
+from tnm_pipeline.training.convert.methods import supports
+from tnm_pipeline.training.convert.work import measure_work
+from tnm_pipeline.training.masks import solve
 from tnm_pipeline.training.pattern import Pattern
-from tnm_pipeline.training.selection import Selection
+from tnm_pipeline.training.selection import Selection, select
 
-ALL = Selection(keep_last=False)
-
-
-def mlp(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 8))
+QUICK = [name for name in METHODS if name != "adaprune"]  # whose thousand steps are tested once
 
 
-def conv_net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(8, 8, 3, dilation=2),
-        nn.Flatten(),
-        nn.Linear(8 * 4 * 4, 4),
-    )
+CASES = [(method, text) for method in QUICK for text in ("2:4", "2:4-T", "1:4", "4:8-T")]
+CASES = [case for case in CASES if supports(case[0], Pattern.parse(case[1]))] + [("adaprune", "2:4-T")]
 
 
-def vectors(count: int = 3, seed: int = 0, width: int = 16) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(64, width, generator=generator) + 0.5 for _ in range(count)]
-
-
-def images(seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(16, 4, 16, 16, generator=generator) for _ in range(2)]
-
-
-@pytest.mark.parametrize("text", ["2:4", "2:4-T"])
-@pytest.mark.parametrize("method", METHODS)
-def test_every_chosen_weight_holds_the_pattern(text: str, method: str) -> None:
-    model, pattern = conv_net(), Pattern.parse(text)
-    modules, last = list(model.modules()), prunable_layer(model, "5").weight.clone()
-    conversion = convert(model, pattern, images(), method=method)
-    assert [layer.name for layer in conversion.layers] == ["0", "3"]
+@pytest.mark.parametrize(("method", "text"), CASES)
+def test_every_chosen_weight_holds_the_pattern(method: str, text: str) -> None:
+    pattern = Pattern.parse(text)
+    model = conv_net()
+    modules, last = list(model.modules()), weight_of(model, "5").clone()
+    conversion = convert(model, pattern, images(), method=method, selection=Selection())
+    if pattern.m == 8:
+        assert [layer.name for layer in conversion.layers] == ["3"]  # the first one has 4 inputs
+    else:
+        assert [layer.name for layer in conversion.layers] == ["0", "3"]
     for name, mask in conversion.masks.items():
-        weight = prunable_layer(model, name).weight
-        assert count_violations(weight.detach(), pattern).of(pattern) == 0
+        weight = weight_of(model, name)
+        assert violations(weight, pattern) == 0
         assert not weight[~mask].any()
     assert list(model.modules()) == modules
-    assert torch.equal(prunable_layer(model, "5").weight, last)
+    assert torch.equal(weight_of(model, "5"), last)
     assert conversion.batch_norms == 1
 
 
 def test_methods_rank_as_they_should() -> None:
     error: dict[str, float] = {}
     for method in METHODS:
-        conversion = convert(mlp(), Pattern(2, 4), vectors(), method=method, sequential=False)
+        conversion = convert(mlp(), Pattern(2, 4), vectors(), method=method, selection=ALL)
         error[method] = conversion.mean_error
-        assert all(layer.error <= layer.error_masked for layer in conversion.layers)
-    assert error["least-squares"] <= error["adaprune"] * 1.001  # its damping is for data it has not seen
+        assert all(layer.error <= layer.error_masked * 1.001 for layer in conversion.layers)
+    assert error["admm"] < error["least-squares"]
+    assert error["least-squares"] <= error["adaprune"] * 1.05  # its damping is for data it has not seen
     assert error["adaprune"] < error["magnitude"]
 
 
@@ -74,19 +78,24 @@ def test_sequential_lowers_the_error_inside_the_converted_network() -> None:
     for sequential in (True, False):
         model = mlp()
         convert(model, Pattern(2, 4), vectors(8), selection=ALL, sequential=sequential)
-        inside[sequential] = layer_errors(mlp(), model, ["4"], vectors(2, seed=9))["4"]
+        inside[sequential] = layer_errors(mlp(), model, ["4"], vectors(2, seed=9))["4"].inside
     assert inside[True] < inside[False]
 
 
+@pytest.mark.parametrize("sequential", [True, False])
 @torch.no_grad()
-def test_reported_error_is_that_of_the_stored_layer() -> None:
+def test_reported_error_is_that_of_the_stored_layer(sequential: bool) -> None:
     model, dense = mlp(), mlp()
-    conversion = convert(model, Pattern(2, 4), vectors(), selection=ALL)
+    conversion = convert(model, Pattern(2, 4), vectors(), selection=ALL, sequential=sequential, reorder_channels=False)
     x = torch.cat(vectors())
-    wanted, got = dense[:3](x), model[:3](x)
-    error = float((got - wanted).norm() / (wanted - dense[2].bias).norm())
-    assert conversion.layers[1].error == pytest.approx(error, rel=1e-4)
-    assert layer_errors(dense, model, ["2"], vectors())["2"] == pytest.approx(error, rel=1e-4)
+    wanted = dense[:3](x)
+    scale = float((wanted - bias_of(dense, "2")).norm())
+    inside = float((model[:3](x) - wanted).norm()) / scale
+    own = float((model[2](dense[:2](x)) - wanted).norm()) / scale
+    assert conversion.layers[1].error_own == pytest.approx(own, rel=1e-4)
+    assert conversion.layers[1].error == pytest.approx(inside if sequential else own, rel=1e-4)
+    assert layer_errors(dense, model, ["2"], vectors())["2"].inside == pytest.approx(inside, rel=1e-4)
+    assert conversion.mean_error == pytest.approx(sum(layer.error for layer in conversion.layers) / 3)
 
 
 @torch.no_grad()
@@ -99,60 +108,150 @@ def test_bias_makes_mean_outputs_equal() -> None:
 
 def test_no_bias_is_created() -> None:
     model = nn.Sequential(nn.Linear(16, 8, bias=False), nn.Linear(8, 4))
-    convert(model, Pattern(2, 4), vectors())
+    convert(model, Pattern(2, 4), vectors(), selection=Selection())
     assert model[0].bias is None
 
 
 def test_linear_on_sequences() -> None:
-    model = mlp()
-    sequences = [x.reshape(8, 8, 16) for x in vectors()]
-    convert(model, Pattern(2, 4), sequences)
-    flat = mlp()
+    model, flat = mlp(), mlp()
+    convert(model, Pattern(2, 4), [x.reshape(8, 8, 16) for x in vectors()])
     convert(flat, Pattern(2, 4), vectors())
     torch.testing.assert_close(model.state_dict(), flat.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
 def test_unstructured_checkpoint_with_dense_reference() -> None:
     dense = mlp()
     sparse = copy.deepcopy(dense)
-    with torch.no_grad():
-        for name in ("0", "2"):
-            weight = prunable_layer(sparse, name).weight
-            weight[weight.abs() < weight.abs().median()] = 0
-        prunable_layer(sparse, "2").weight[:4, :4] = 0  # a block without any magnitude
-    held_out = vectors(seed=5)
+    for name in ("0", "2"):
+        weight = weight_of(sparse, name)
+        weight[weight.abs() < weight.abs().median()] = 0
+    weight_of(sparse, "2")[:4, :4] = 0  # a block without any magnitude
+    before = copy.deepcopy(dense)
     errors: dict[str, float] = {}
     for name, reference in (("own", None), ("dense", dense)):
         model = copy.deepcopy(sparse)
-        conversion = convert(model, Pattern(2, 4), vectors(8), reference=reference)
-        assert all(layer.violations == 0 for layer in conversion.layers)
-        expected = solve(prunable_layer(sparse, "0").weight, Pattern(2, 4))
-        assert torch.equal(conversion.masks["0"], expected)
-        errors[name] = layer_errors(dense, model, ["2"], held_out)["2"]
+        conversion = convert(
+            model, Pattern(2, 4), vectors(8), reference=reference, selection=Selection(), method="least-squares",
+            reorder_channels=False,
+        )  # fmt: skip
+        assert torch.equal(conversion.masks["0"], solve(weight_of(sparse, "0"), Pattern(2, 4)))
+        errors[name] = layer_errors(dense, model, ["2"], vectors(seed=5))["2"].inside
     assert errors["dense"] < errors["own"]
+    assert same_bits(dense, before)
 
 
-def test_same_inputs_give_the_same_bits() -> None:
-    for method in METHODS:
-        states, reports = [], []
-        for _ in range(2):
-            model = conv_net()
-            conversion = convert(model, Pattern(2, 4, transposable=True), images(), method=method)
-            states.append(model.state_dict())
-            reports.append([(layer.error, layer.error_masked) for layer in conversion.layers])
-        assert reports[0] == reports[1]
-        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+class Tied(nn.Module):
+    """One weight in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.a, self.b, self.last = (nn.Linear(16, 16) for _ in range(4))
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.b(self.a(self.first(x).relu()).relu()).relu())
+        return result
 
 
-def test_modes_gradients_and_requires_grad_are_left_alone() -> None:
+def test_a_weight_that_layers_share_is_converted_once_and_still_shared() -> None:
+    model = Tied()
+    conversion = convert(model, Pattern(2, 4), vectors())
+    assert [(layer.name, layer.tied) for layer in conversion.layers] == [("a", ("b",))]
+    assert model.a.weight is model.b.weight
+    assert torch.equal(conversion.masks["a"], conversion.masks["b"])
+    assert conversion.layers[0].samples == 2 * 3 * 64
+    assert violations(weight_of(model, "b"), Pattern(2, 4)) == 0
+
+
+class Doubling(nn.Linear):
+    """Does something else than a Linear with its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name in the base class
+        return 2 * super().forward(input)
+
+
+def test_what_cannot_be_converted_is_skipped_with_a_reason() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 1),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 6, 1),
+        nn.Conv2d(6, 8, 1),
+        nn.Flatten(),
+        Doubling(8 * 12 * 12, 8),
+        nn.Linear(8, 8),
+        nn.Linear(8, 8),
+    )
+    model[5].register_module("unused", nn.Linear(16, 16))
+    dense = copy.deepcopy(model)
+    conversion = convert(model, Pattern(2, 4), images(), reorder_channels=False)
+    assert [layer.name for layer in conversion.layers] == ["3", "7"]
+    reasons = {layer.name: layer.reason for layer in conversion.plan.skipped}
+    expected = {
+        "0": "first layer, kept dense",
+        "1": "grouped convolution (2 groups)",
+        "2": "grouped convolution (8 groups)",
+        "4": "6 inputs are not a multiple of 4",
+        "5.unused": "does not run",
+        "6": "Doubling",
+        "8": "last layer, kept dense",
+    }
+    assert reasons.keys() == expected.keys()
+    for name, words in expected.items():
+        assert words in reasons[name]
+        assert torch.equal(weight_of(model, name), weight_of(dense, name))
+
+
+def test_a_plan_gives_each_layer_its_own_pattern() -> None:
+    model = conv_net()
+    patterns = [Pattern(4, 8, transposable=True), Pattern(2, 4)]
+    choice = select(model, patterns, Selection(keep_last=False))
+    plan = plan_by_preference(Scene(model, choice, measure_work(model, images()[0]), patterns))
+    assert {name: str(pattern) for name, pattern in plan.patterns.items()} == {"0": "2:4", "3": "4:8-T", "5": "4:8-T"}
+    conversion = convert(model, plan, images())
+    assert conversion.plan is plan
+    for layer in conversion.layers:
+        assert layer.pattern == str(plan.patterns[layer.name])
+        assert violations(weight_of(model, layer.name), plan.patterns[layer.name]) == 0
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_change_no_bit(workers: int) -> None:
+    pattern = Pattern(2, 4, transposable=True)
+    for build, batches in ((mlp, vectors(5)), (conv_net, images(3))):
+        alone, together = build(), build()
+        first = convert(alone, pattern, batches, selection=ALL)
+        second = convert(together, pattern, batches, selection=ALL, workers=workers)
+        assert same_bits(alone, together)
+        assert [(one.error, one.error_masked) for one in first.layers] == [
+            (one.error, one.error_masked) for one in second.layers
+        ]
+
+
+@pytest.mark.parametrize("method", QUICK)
+def test_the_same_inputs_give_the_same_bits(method: str) -> None:
+    models = [conv_net(), conv_net()]
+    for model in models:
+        convert(model, Pattern(2, 4), images(), method=method)
+    assert same_bits(*models)
+
+
+def test_modes_gradients_requires_grad_hooks_and_threads_are_left_alone() -> None:
     model = conv_net().train()
     model[1].eval()
     model(images()[0]).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     before = [None if g is None else g.clone() for g in gradients]
     modes = [module.training for module in model.modules()]
-    convert(model, Pattern(2, 4), images())
+    threads, torch_threads = set(threading.enumerate()), torch.get_num_threads()
+    convert(model, Pattern(2, 4), images(), workers=2, reorder_channels=False)
     assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert set(threading.enumerate()) <= threads
+    assert torch.get_num_threads() == torch_threads
     for parameter, same, value in zip(model.parameters(), gradients, before, strict=True):
         assert parameter.requires_grad
         assert parameter.grad is same
@@ -161,34 +260,27 @@ def test_modes_gradients_and_requires_grad_are_left_alone() -> None:
         assert torch.equal(same, value)
 
 
-def test_idle_layers_are_skipped_with_a_reason() -> None:
-    model = mlp()
-    model.register_module("idle", nn.Identity())
-    model[5].register_module("unused", nn.Linear(16, 16))
-    conversion = convert(model, Pattern(2, 4), vectors(), selection=ALL)
-    assert "never called" in conversion.choice.skipped["idle.unused"]
-    assert conversion.choice.chosen == ("0", "2", "4")
-
-
-def test_only_idle_layers_are_refused() -> None:
-    model = nn.Sequential(nn.Identity())
-    model[0].register_module("unused", nn.Linear(16, 16))
-    with pytest.raises(ValueError, match=r"none of the chosen layers runs.*0\.unused"):
-        convert(model, Pattern(2, 4), vectors(), selection=ALL)
-
-
 def test_progress_counts_layers() -> None:
     seen: list[tuple[str, int, int]] = []
-    convert(mlp(), Pattern(2, 4), vectors(), on_layer=lambda *event: seen.append(event))
-    assert seen == [("0", 1, 2), ("2", 2, 2)]
+    convert(mlp(), Pattern(2, 4), vectors(), selection=ALL, on_layer=lambda *event: seen.append(event))
+    assert seen == [("0", 1, 3), ("2", 2, 3), ("4", 3, 3)]
 
 
 def test_report_is_json() -> None:
-    conversion = convert(mlp(), Pattern(2, 4), vectors())
+    conversion = convert(mlp(), Pattern(2, 4), vectors(), selection=Selection())
     report = json.loads(json.dumps(conversion.to_dict(), allow_nan=False))
     assert report["layers"][0]["gemm_shape"] == [24, 16]
     assert report["layers"][0]["samples"] == 192
     assert report["skipped"] == {"4": "last layer, kept dense (keep_last = true)"}
+
+
+def test_bfloat16_weights_stay_bfloat16() -> None:
+    model = mlp().bfloat16()
+    conversion = convert(model, Pattern(2, 4), [x.bfloat16() for x in vectors()], selection=ALL)
+    weight = weight_of(model, "0")
+    assert weight.dtype == torch.bfloat16
+    assert conversion.layers[0].error < conversion.layers[0].error_masked
+    assert not weight[~conversion.masks["0"]].any()
 
 
 def refuse(**changes: object) -> Conversion:
@@ -197,18 +289,27 @@ def refuse(**changes: object) -> Conversion:
 
 
 def test_bad_requests_are_refused_before_any_work() -> None:
-    with pytest.raises(ValueError, match=r"unknown conversion method 'magic': choose one of least-squares"):
+    with pytest.raises(MethodError, match=r"unknown conversion method 'magic': choose one of admm"):
         refuse(method="magic")
+    with pytest.raises(MethodError, match="sparsegpt cannot follow 2:4-T"):
+        refuse(method="sparsegpt", pattern=Pattern(2, 4, transposable=True))
+    with pytest.raises(CalibrationError, match="no calibration batches"):
+        refuse(batches=[])
+    with pytest.raises(CalibrationError, match="batch 1 is empty"):
+        refuse(batches=[*vectors(1), torch.ones(0, 16)])
     with pytest.raises(CalibrationError, match="batch 0 has 1024 NaN"):
         refuse(batches=[torch.full((64, 16), float("nan"))])
-    with pytest.raises(ValueError, match=r"layer 0 has shape \(24, 16\) in the model and is absent"):
+    with pytest.raises(ValueError, match=r"layer 2 has shape \(24, 24\) in the model and is absent in the reference"):
         refuse(reference=nn.Sequential(nn.ReLU()))
+    with pytest.raises(
+        ValueError, match=r"has shape \(24, 16\) in the model and has shape \(16, 16\) in the reference"
+    ):
+        refuse(reference=nn.Sequential(nn.Linear(16, 16)), selection=ALL)
 
 
-def test_bfloat16_weights_stay_bfloat16() -> None:
-    model = mlp().bfloat16()
-    conversion = convert(model, Pattern(2, 4), [x.bfloat16() for x in vectors()])
-    weight = prunable_layer(model, "0").weight
-    assert weight.dtype == torch.bfloat16
-    assert conversion.layers[0].error < conversion.layers[0].error_masked
-    assert not weight[~conversion.masks["0"]].any()
+def test_one_pattern_for_all_that_it_fits_is_planned_in_the_order_of_execution() -> None:
+    plan = plan_for(Backwards(), Pattern(2, 4), vectors(width=8)[0], ALL)
+    assert list(plan.patterns) == ["first", "twice", "last"]
+    assert [(layer.name, layer.reason) for layer in plan.skipped] == [
+        ("idle", "does not run on the first calibration batch")
+    ]

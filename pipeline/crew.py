@@ -1,0 +1,86 @@
+"""The processes that `torchrun` started: the first does everything, the others help it to convert.
+
+Only `convert` is shared out. The first process alone reads the configuration, locks and writes the run folder, and
+prints; the others wait to be told what to convert, or that there is nothing. All of them must see the run folder and
+the calibration data, on several machines by a shared file system. Models stay on the CPU, so gloo carries the messages.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def together() -> bool:
+    """Whether torchrun started this process along with others."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def follows() -> bool:
+    """Whether this process only helps."""
+    return together() and int(os.environ["RANK"]) > 0
+
+
+def companions() -> int:
+    """How many of the processes run on this machine, this one included."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if together() else 1
+
+
+@contextmanager
+def leading() -> Iterator[None]:
+    """In the first process: meet the others, and let them go afterwards. Without torchrun, nothing."""
+    if not together():
+        yield
+        return
+    with _met():
+        yield
+        summon(None)  # not after an error: others may wait for something else, and torchrun ends them
+
+
+def summon(work: Any) -> None:
+    """Tell the others what to do; `None`: nothing more. Without others, nothing.
+
+    Args:
+        work: anything that can be pickled.
+    """
+    if not together():
+        return
+    import torch.distributed as dist
+
+    dist.broadcast_object_list([work], src=0)
+
+
+def meet() -> None:
+    """Wait until every process has come here. Without others, nothing."""
+    if together():
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def follow(help_with: Callable[[Any], None]) -> None:
+    """In the other processes: do what they are told, until there is nothing more.
+
+    Args:
+        help_with: given what the first process passed to `summon`.
+    """
+    import torch.distributed as dist
+
+    with _met():
+        while True:
+            told: list[Any] = [None]
+            dist.broadcast_object_list(told, src=0)
+            if told[0] is None:
+                return
+            help_with(told[0])
+
+
+@contextmanager
+def _met() -> Iterator[None]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

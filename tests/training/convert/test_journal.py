@@ -1,0 +1,99 @@
+"""Progress on disk: what is written comes back bit for bit, and only to the conversion that it belongs to."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.training.convert.networks import mlp, vectors, weight_of
+from tnm_pipeline.training.convert.journal import Journal, JournalError, identify
+
+
+def test_what_is_written_comes_back(tmp_path: Path) -> None:
+    tensors = {"weight": torch.randn(3, 4).T, "mask": torch.rand(4, 3) > 0.5, "bias": torch.ones(4).bfloat16()}
+    record = {"name": "a.b", "error": 0.1, "damping": None, "shape": [4, 3]}
+    Journal(tmp_path / "new", "identity").write("a.b", tensors, record)
+    again = Journal(tmp_path / "new", "identity")
+    found = again.read("a.b")
+    assert found is not None
+    assert found[1] == record
+    assert found[0].keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[0][name].dtype == tensor.dtype
+        assert torch.equal(found[0][name], tensor)
+    assert again.read("a") is None
+
+
+def test_names_that_differ_in_case_only_and_the_model_itself_have_files_of_their_own(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "identity")
+    for number, name in enumerate(("layer.A", "layer.a", "")):
+        journal.write(name, {"weight": torch.tensor([float(number)])}, {"number": number})
+    assert len({path.name.lower() for path in tmp_path.glob("*.safetensors")}) == 3
+    for number, name in enumerate(("layer.A", "layer.a", "")):
+        found = journal.read(name)
+        assert found is not None
+        assert found[1] == {"number": number}
+
+
+def test_another_conversion_is_refused(tmp_path: Path) -> None:
+    Journal(tmp_path, "one")
+    Journal(tmp_path, "one")
+    with pytest.raises(JournalError, match=r"progress of another conversion.*Remove it to start anew"):
+        Journal(tmp_path, "two")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_damaged_identity_is_refused(tmp_path: Path, content: str) -> None:
+    Journal(tmp_path, "one")
+    [path] = tmp_path.iterdir()
+    path.write_text(content)
+    with pytest.raises(JournalError, match=r"conversion\.json is damaged.*remove its folder"):
+        Journal(tmp_path, "one")
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "record":
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        del header["__metadata__"]["record"]
+        text = json.dumps(header).ljust(size).encode()
+        path.write_bytes(content[:8] + text + content[8 + size :])
+    else:
+        path.write_bytes({"empty": b"", "short": content[:-3], "noise": b"\xff" * len(content)}[how])
+
+
+@pytest.mark.parametrize("how", ["empty", "short", "noise", "record"])
+def test_a_damaged_file_is_named(tmp_path: Path, how: str) -> None:
+    journal = Journal(tmp_path, "one")
+    journal.write("0", {"weight": torch.ones(5)}, {})
+    [path] = tmp_path.glob("*.safetensors")
+    damage(path, how)
+    with pytest.raises(JournalError, match=rf"{path.name} is damaged .*remove it, and the layer is converted again"):
+        journal.read("0")
+
+
+def test_a_conversion_is_told_by_all_that_it_depends_on() -> None:
+    def identity(seed: int = 0, batches: list[Tensor] | None = None, **settings: object) -> str:
+        return identify([mlp(seed), mlp()], vectors() if batches is None else batches, {"method": "admm"} | settings)
+
+    changed = copy.deepcopy(mlp())
+    with torch.no_grad():
+        weight_of(changed, "4")[7, 23] += 1e-6
+    named = [{"x": batch} for batch in vectors()]
+    others = [
+        identity(seed=1),
+        identity(batches=vectors(seed=1)),
+        identity(batches=vectors(2)),
+        identity(batches=[x.double() for x in vectors()]),
+        identity(batches=[x.reshape(32, 32) for x in vectors()]),
+        identity(method="magnitude"),
+        identify([changed, mlp()], vectors(), {"method": "admm"}),
+        identify([mlp()], vectors(), {"method": "admm"}),
+        identify([mlp(), mlp()], named, {"method": "admm"}),
+    ]
+    assert identity() == identity()
+    assert len({identity(), *others}) == 1 + len(others)

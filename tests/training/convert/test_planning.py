@@ -1,0 +1,158 @@
+"""Plans from data: predictions against definitions, the same for any number of workers, and what memory they need."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.training.zoo import SMALL
+from tnm_pipeline.training.convert.batch import Batch, CalibrationError
+from tnm_pipeline.training.convert.budget import Budget
+from tnm_pipeline.training.convert.calibration import prunable_layer
+from tnm_pipeline.training.convert.plan import Plan, PlanError
+from tnm_pipeline.training.convert.planning import count_examples, estimate_memory, plan
+from tnm_pipeline.training.masks import solve
+from tnm_pipeline.training.masks.prune import prune_unstructured
+from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.selection import Selection
+
+ROW, BOTH, LOOSE = Pattern(2, 4), Pattern(2, 4, transposable=True), Pattern(3, 4)
+ALL_LAYERS = Selection(keep_last=False)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16, bias=False), nn.Tanh(), nn.Linear(16, 4))
+
+
+BATCHES = list(drawn(60, 8).split(20))
+
+
+def test_predicted_errors_are_those_of_the_masked_layers() -> None:
+    model = network()
+    made = plan(model, BATCHES, [ROW, LOOSE], selection=ALL_LAYERS, choose="error", most_error=0.3)
+    inputs = torch.cat(BATCHES)
+    for index, layer in ((0, made.layers[0]), (2, made.layers[1]), (4, made.layers[2])):
+        module = prunable_layer(model, str(index))
+        x = model[:index](inputs).double().detach()
+        old = module.weight.detach().double()
+        for candidate in layer.candidates:
+            if candidate.pattern is None:
+                continue
+            importance = old.abs() * x.square().sum(0).sqrt()
+            mask = solve(old.float(), candidate.pattern, importance=importance)
+            error = x @ torch.where(mask, old, 0.0).T - x @ old.T
+            if module.bias is not None:
+                error = error - error.mean(0)
+            assert candidate.predicted_error == pytest.approx(float(error.norm() / (x @ old.T).norm()), rel=1e-3)
+        within = [c for c in layer.candidates if c.predicted_error is not None and c.predicted_error <= 0.3]
+        assert layer.pattern == min((c.pattern for c in within if c.pattern), key=lambda p: p.density, default=None)
+
+
+def test_a_budget_is_kept_and_effects_are_predicted() -> None:
+    made = plan(network(), BATCHES, [ROW, BOTH], selection=ALL_LAYERS, choose="budget", budget=Budget(max_dense=0.5))
+    total = sum(layer.work for layer in made.layers)
+    dense = sum(layer.work for layer in made.layers if layer.pattern is None)
+    assert 0 < dense <= 0.5 * total
+    assert made.effect is not None
+    assert made.effect > 0
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_any_number_of_workers_makes_the_same_plan_and_leaves_the_model_alone(name: str) -> None:
+    build, inputs = SMALL[name]
+    model = build().train()
+    before = copy.deepcopy(model.state_dict())
+    batches: list[Batch] = [inputs(6, seed) for seed in range(3)]
+    settings: dict[str, Any] = {"choose": "budget", "budget": Budget(work=0.7), "seed": 1}
+    one, several = (plan(model, batches, [BOTH, ROW], workers=workers, **settings) for workers in (1, 3))
+    assert one == several
+    assert all(candidate.effect is not None for layer in one.layers for candidate in layer.candidates)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_zeros_of_an_unstructured_model_choose_without_any_pass() -> None:
+    model = network()
+    prune_unstructured(model, ("2",), 0.9)
+    made = plan(model, BATCHES, [LOOSE, ROW], selection=ALL_LAYERS, choose="zeros", confidence=0.9)
+    assert [str(layer.chosen) for layer in made.layers] == ["dense", "2:4", "dense"]
+
+
+def test_errors_of_an_unstructured_model_are_against_its_reference() -> None:
+    reference, model = network(), network()
+    prune_unstructured(model, ("0", "2"), 0.5)
+    settings: dict[str, Any] = {"selection": ALL_LAYERS, "choose": "error", "most_error": 9.0}
+    alone = plan(model, BATCHES, [LOOSE], **settings)
+    against = plan(model, BATCHES, [LOOSE], reference=reference, **settings)
+    assert errors(against)[0] > errors(alone)[0]
+
+
+def errors(made: Plan) -> list[float]:
+    return [layer.chosen.predicted_error or 0.0 for layer in made.layers]
+
+
+class Raises(nn.Module):
+    """Fails on the second batch of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x[0, 0]) > 100:
+            raise KeyError("inside")
+        result: Tensor = self.net(x)
+        return result
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_model_that_fails_says_so(bad: int) -> None:
+    batches = [batch.clone() for batch in BATCHES]
+    batches[bad][0, 0] = 1000
+    with pytest.raises(CalibrationError, match="the model fails on the calibration data: KeyError: 'inside'"):
+        plan(Raises(), batches, [ROW], choose="error", most_error=0.5, selection=ALL_LAYERS)
+
+
+@pytest.mark.parametrize("choose", ["error", "budget"])
+def test_what_a_way_of_choosing_needs(choose: Any) -> None:
+    with pytest.raises(PlanError, match="needs"):
+        plan(network(), BATCHES, [ROW], choose=choose, selection=ALL_LAYERS)
+
+
+def test_a_sensitivity_looks_at_few_examples_from_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def measure(*arguments: Any, **_: Any) -> None:
+        seen.append(count_examples(arguments[3]))
+        raise CalibrationError("enough")
+
+    monkeypatch.setattr("tnm_pipeline.training.convert.planning.measure_sensitivity", measure)
+    for sizes in ([10, 20], [100, 100, 100], [1] * 300, [7] * 50):
+        batches = [drawn(size, 8) for size in sizes]
+        with pytest.raises(CalibrationError, match="enough"):
+            plan(network(), batches, [ROW], choose="budget", budget=Budget(work=0.9), selection=ALL_LAYERS)
+    assert seen[0] == 30
+    assert all(32 <= count <= 64 for count in seen[1:])
+
+
+def test_memory_grows_with_examples_and_holds_the_largest_layer() -> None:
+    model = network()
+    made = plan(model, BATCHES, [ROW], selection=ALL_LAYERS)
+    once, twice = (estimate_memory(model, made, BATCHES * times) for times in (1, 2))
+    assert twice.activations == 2 * once.activations
+    # at the second layer: what it reads, and the first one's output, which ReLU read
+    assert once.activations >= 2 * 60 * 16 * 4
+    assert once.copies == 4 * (8 * 16 + 16 * 16 + 16 * 4)
+    assert once.sums >= 8 * 2 * 16 * 16
+    assert once.total == once.activations + once.copies + once.sums
+    with_reference = estimate_memory(model, made, BATCHES, reference=network())
+    assert with_reference.copies == 4 * sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,293 @@
+"""Which input channels should share a group, so that the best mask keeps the most.
+
+The masks of the groups do not depend on each other. Take one channel out of every group: what each group would keep
+with each of these channels is a table of independent entries, and handing all of them back in the best way is an
+assignment problem. One sweep does this for each place of a group, in an order drawn at random; it never keeps less
+than before.
+
+- Row-wise patterns: M - 1 weights of a row that are given x keep their N largest, plus what x exceeds the N-th of them
+  by. So the table is exact and costs two additions and a comparison per entry and row.
+- Transposable patterns: that table only tells which channels a group should be tried with. These get their exact masks,
+  and the assignment is made among them.
+
+Channel permutation for N:M is due to Pool and Yu 2021, who swap pairs of channels.
+
+Shape legend: R = rows (outputs, one set for each kernel position), C = channels, M = group size, G = groups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tnm_pipeline.training.layout import pad_to_multiple
+from tnm_pipeline.training.masks import solve
+from tnm_pipeline.training.masks.jit import call, compiled
+from tnm_pipeline.training.pattern import Pattern
+
+_GROUPS_AT_ONCE = 512  # the assignment takes cubic time
+_CANDIDATES = 8  # per group, of a transposable pattern; 16 gain a tenth more in twice the time
+_WEIGHTS_AT_ONCE = 1 << 22  # of blocks that are tried: 16 MB
+_PATIENCE = 10  # sweeps without a gain before the search starts anew from a random order
+_LEAST_GAIN = 1e-6  # relative; float32 sums cannot tell less
+
+_Floats = npt.NDArray[np.float32]
+_Doubles = npt.NDArray[np.float64]
+_Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelOrder:
+    """The best order found.
+
+    Attributes:
+        permutation: (C,) int64; channel k is to become what channel `permutation[k]` was.
+        before: share of the importance that the best masks keep in the order given, in [0, 1].
+        after: the same in the order found; never less.
+    """
+
+    permutation: Tensor
+    before: float
+    after: float
+
+
+@torch.no_grad()
+def search_order(
+    importances: Sequence[Tensor], channels: int, pattern: Pattern, *, sweeps: int = 5, seed: int = 0
+) -> ChannelOrder:
+    """Search an order of input channels in which masks keep more. The same seed gives the same order.
+
+    A sweep takes O(C R G) additions row-wise, O(C R M) weights to find masks for if transposable, and G^2 to G^3 steps
+    for the assignment, G at most 512 at a time; memory is that of the importances, twice.
+
+    Args:
+        importances: of the weights of all layers that read the channels, (O, K) each, not negative, in the layout of
+            `to_gemm`: K is a multiple of C, channels fastest. For a transposable pattern the matrix of the layer that
+            makes the channels can be one of them, transposed: the order decides about its blocks as well.
+        channels: C, a multiple of M.
+        pattern: the rule.
+        sweeps: how many; fewer are made only if there is just one group.
+        seed: of the channels that are taken out, and of the orders that the search starts anew from.
+
+    Raises:
+        ValueError: no importances, negative or non-finite ones, a K that is no multiple of C, or a C that is none of M.
+    """
+    matrix = _stacked(importances, channels, pattern)
+    generator = np.random.default_rng(seed)
+    start = order = np.arange(channels)
+    idle = 0
+    finished: list[_Integers] = []
+    for _ in range(sweeps if channels > pattern.m else 0):
+        order, moved = _sweep(matrix, order, pattern, generator)
+        idle = 0 if moved else idle + 1
+        if idle == _PATIENCE:
+            finished.append(order)
+            order, idle = generator.permutation(channels), 0
+    kept = [_kept(matrix, candidate, pattern) for candidate in (start, *finished, order)]
+    best = max(range(len(kept)), key=kept.__getitem__)
+    return ChannelOrder(torch.from_numpy((start, *finished, order)[best].copy()), kept[0], kept[best])
+
+
+def _stacked(importances: Sequence[Tensor], channels: int, pattern: Pattern) -> _Floats:
+    """All kernel positions of all layers below each other: (R, C), strips of M rows of one position each."""
+    if channels % pattern.m:
+        raise ValueError(f"{channels} channels are not a multiple of {pattern.m}: no group of {pattern} fits")
+    parts: list[Tensor] = []
+    for matrix in importances:
+        rows, columns = matrix.shape
+        if columns % channels:
+            raise ValueError(f"an importance of shape {(rows, columns)} is not that of {channels} channels")
+        if not bool(torch.isfinite(matrix).all()) or bool((matrix < 0).any()):
+            raise ValueError("an importance has negative, NaN or Inf entries: give magnitudes")
+        rowwise = matrix.float() if not pattern.transposable else pad_to_multiple(matrix.float(), pattern.m)
+        parts.append(rowwise.reshape(len(rowwise), -1, channels).transpose(0, 1).reshape(-1, channels))
+    if not parts:
+        raise ValueError("there is no importance to search an order for: give one of at least one layer")
+    stacked: _Floats = torch.cat(parts).cpu().contiguous().numpy()
+    return stacked
+
+
+def _kept(matrix: _Floats, order: _Integers, pattern: Pattern) -> float:
+    """The share that the best mask keeps."""
+    ordered = torch.from_numpy(matrix[:, order])
+    total = float(ordered.sum(dtype=torch.float64))
+    return float(torch.where(solve(ordered, pattern), ordered, 0).sum(dtype=torch.float64)) / total if total else 1.0
+
+
+def _sweep(
+    matrix: _Floats, order: _Integers, pattern: Pattern, generator: np.random.Generator
+) -> tuple[_Integers, bool]:
+    """Take every channel out once and hand it back; the new order, and whether it keeps more."""
+    count = len(order) // pattern.m
+    places = generator.permuted(np.tile(np.arange(pattern.m), (count, 1)), axis=1)
+    order, moved = order.copy(), False
+    for place in range(pattern.m):
+        shuffled = generator.permutation(count) if count > _GROUPS_AT_ONCE else np.arange(count)
+        for groups in np.array_split(shuffled, -(-count // _GROUPS_AT_ONCE)):
+            taken = groups * pattern.m + places[groups, place]
+            table = _table(matrix, order, groups, places[groups, place], pattern)
+            handed = np.empty(len(groups), np.int64)
+            call(assign, "assignment", table, handed)
+            now, then = np.trace(table), table[np.arange(len(groups)), handed].sum()
+            if then - now > _LEAST_GAIN * abs(now):
+                order[taken] = order[taken[handed]]
+                moved = True
+    return order, moved
+
+
+def _table(matrix: _Floats, order: _Integers, groups: _Integers, places: _Integers, pattern: Pattern) -> _Doubles:
+    """What each group keeps with each of the channels taken out: (G, G), at the diagonal with its own."""
+    members = order.reshape(-1, pattern.m)[groups]
+    taken = members[np.arange(len(groups)), places]
+    offered = np.ascontiguousarray(matrix[:, taken])
+    table = np.empty((len(groups), len(groups)))
+    call(rowwise_table, "channel permutation", matrix, members, places, offered, pattern.n, table)
+    return _tried(matrix, members, places, offered, pattern, table) if pattern.transposable else table
+
+
+def _tried(
+    matrix: _Floats, members: _Integers, places: _Integers, offered: _Floats, pattern: Pattern, guide: _Doubles
+) -> _Doubles:
+    """The table of a transposable pattern where the guide advises a try, and minus infinity elsewhere."""
+    rows, count = offered.shape
+    advice = guide - guide.mean(0)  # heavy channels would be everybody's first choice
+    np.fill_diagonal(advice, np.inf)
+    tries = min(count, _CANDIDATES + 1)
+    candidates = np.argsort(-advice, axis=1, kind="stable")[:, :tries]
+    table = np.full((count, count), -np.inf)
+    at_once = max(1, _WEIGHTS_AT_ONCE // (rows * tries * pattern.m))
+    for first in range(0, count, at_once):
+        part = slice(first, first + at_once)
+        blocks = np.repeat(matrix[:, members[part]][:, :, None], tries, axis=2)  # (R, groups, tries, M)
+        own = np.arange(blocks.shape[1])
+        blocks[:, own[:, None], np.arange(tries), places[part, None]] = offered[:, candidates[part]]
+        weights = blocks.reshape(rows, -1)
+        kept = np.empty(weights.shape[1], np.float32)
+        call(sum_kept, "kept weights", weights, solve(torch.from_numpy(weights), pattern).numpy(), kept)
+        table[first + own[:, None], candidates[part]] = kept.reshape(-1, tries, pattern.m).sum(2, dtype=np.float64)
+    return table
+
+
+@compiled
+def rowwise_table(
+    matrix: _Floats, members: _Integers, places: _Integers, offered: _Floats, n: int, table: _Doubles
+) -> None:
+    """What each group keeps, row by row, with each of the channels offered in place of one of its own.
+
+    Args:
+        matrix: (R, C), not negative.
+        members: (G, M), the channels of each group.
+        places: (G,), which of them is replaced.
+        offered: (R, J), columns of the matrix.
+        n: weights kept in every row of a group.
+        table: (G, J), overwritten.
+    """
+    rows, count = offered.shape
+    m = members.shape[1]
+    largest = np.empty(m, np.float32)  # of a row, in descending order, from place 1 on
+    limit = np.empty(rows, np.float32)
+    excess = np.empty(count, np.float32)
+    zero = np.float32(0)
+    for g in range(len(members)):
+        kept = 0.0
+        for r in range(rows):
+            filled = 0
+            for k in range(m):
+                if k != places[g]:
+                    weight = matrix[r, members[g, k]]
+                    at = filled
+                    while at > 0 and largest[at - 1] < weight:
+                        largest[at] = largest[at - 1]
+                        at -= 1
+                    largest[at] = weight
+                    filled += 1
+            for k in range(n):
+                kept += largest[k]
+            limit[r] = largest[n - 1]
+        excess[:] = 0
+        paired = rows - rows % 2
+        for r in range(0, paired, 2):  # two rows at a time: half the traffic to `excess`
+            first, second = limit[r], limit[r + 1]
+            for j in range(count):
+                excess[j] += max(offered[r, j] - first, zero) + max(offered[r + 1, j] - second, zero)
+        for r in range(paired, rows):
+            for j in range(count):
+                excess[j] += max(offered[r, j] - limit[r], zero)
+        for j in range(count):
+            table[g, j] = kept + excess[j]
+
+
+@compiled
+def sum_kept(weights: _Floats, mask: npt.NDArray[np.bool_], kept: _Floats) -> None:
+    """Add up the kept weights of each column, row after row.
+
+    Args:
+        weights: (R, J).
+        mask: (R, J), `True` = kept.
+        kept: (J,), overwritten.
+    """
+    kept[:] = 0
+    for r in range(len(weights)):
+        for j in range(len(kept)):
+            kept[j] += weights[r, j] * mask[r, j]
+
+
+@compiled
+def assign(gain: _Doubles, column_of: _Integers) -> None:
+    """Give each row its own column so that the sum of the gains is largest: shortest augmenting paths, O(n^3).
+
+    Args:
+        gain: (n, n), finite on some full assignment, minus infinity for what is forbidden.
+        column_of: (n,), overwritten: the column of each row.
+    """
+    count = len(gain)
+    price = np.empty(count)  # of the columns: no row gains more than the price anywhere
+    row_of = np.full(count, -1)
+    column_of[:] = -1
+    for j in range(count):
+        best = 0
+        for i in range(count):
+            if gain[i, j] > gain[best, j]:
+                best = i
+        price[j] = gain[best, j]
+        if column_of[best] < 0:
+            column_of[best], row_of[j] = j, best
+    distance = np.empty(count)
+    before = np.empty(count, np.int64)
+    done = np.empty(count, np.bool_)
+    passed = np.empty(count, np.int64)
+    for start in range(count):
+        if column_of[start] >= 0:
+            continue
+        done[:] = False
+        distance[:] = np.inf
+        row, length, steps, column = start, 0.0, 0, -1
+        while True:
+            cost = length - (price[column_of[row]] - gain[row, column_of[row]] if column_of[row] >= 0 else 0.0)
+            column = -1
+            for j in range(count):
+                if not done[j]:
+                    there = cost + price[j] - gain[row, j]
+                    if there < distance[j]:
+                        distance[j], before[j] = there, row
+                    if column < 0 or distance[j] < distance[column]:
+                        column = j
+            length = distance[column]
+            done[column] = True
+            if row_of[column] < 0:
+                break
+            passed[steps] = column
+            steps += 1
+            row = row_of[column]
+        for k in range(steps):
+            price[passed[k]] += length - distance[passed[k]]
+        row = -1
+        while row != start:
+            row = before[column]
+            row_of[column] = row
+            left = column_of[row]
+            column_of[row] = column
+            column = left

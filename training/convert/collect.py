@@ -1,0 +1,204 @@
+"""The sums of one layer over all calibration batches, wherever these are.
+
+Two objectives come out of one look at the suspended passes. The *own* one has the inputs of the dense model: what the
+layer's new weights do wrong by themselves. The *sequential* one has the inputs that the converted model really gives
+to the layer, and the dense layer's outputs as targets: it also sees what the layers before did wrong, and can repair
+it.
+
+Shape legend: S = samples (rows), O = out features, K = reduction length.
+"""
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tnm_pipeline.training.convert.batch import CalibrationError
+from tnm_pipeline.training.convert.group import Group
+from tnm_pipeline.training.convert.objective import Objective
+from tnm_pipeline.training.convert.patches import count_rows, gemm_rows
+from tnm_pipeline.training.convert.sums import ExactSum, reach
+from tnm_pipeline.training.layout import to_gemm
+
+_ENOUGH_ROWS = 1 << 17  # of a convolution: four digits of every sum, at a fraction of the time
+_MOST_SQUARE = 1e38  # of float32
+_COLUMNS_AT_ONCE = 384  # of a gram matrix: blocks below the diagonal are copied, not computed
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What one batch gave to a layer, in both models.
+
+    Attributes:
+        dense: inputs in the dense model, call by call.
+        sparse: inputs in the partly converted one; the same tensors if the conversion is not sequential.
+        correction: of the layer's output shape, what the sequential target has on top of the dense output; `None` = 0.
+        real: (B, T) bool, positions that are no padding; `None` = all.
+    """
+
+    dense: Sequence[Tensor]
+    sparse: Sequence[Tensor]
+    correction: Tensor | None = None
+    real: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Grams:
+    """X^T X and the sum of x, in the dense and the sparse model; layers that read the same tensors share them.
+
+    Of a convolution's output positions every so-manieth is looked at: neighbours say nearly the same.
+    """
+
+    dense: Tensor
+    dense_sum: Tensor
+    sparse: Tensor
+    sparse_sum: Tensor
+    samples: int
+    every: int
+    largest: float
+
+
+class Collector:
+    """Collects layer by layer and keeps the gram matrices of the last inputs: query, key and value read the same."""
+
+    def __init__(self, group: Group, *, sequential: bool) -> None:
+        self._group = group
+        self._sequential = sequential
+        self._read: list[weakref.ref[Tensor]] = []
+        self._grams: Grams | None = None
+
+    def collect(self, name: str, dense: nn.Linear | nn.Conv2d, seen: Sequence[Seen]) -> tuple[Objective, Objective]:
+        """The own and the sequential objective; the same object twice if nothing is sequential.
+
+        Args:
+            name: of the layer, for messages.
+            dense: the layer of the dense model; its weight is the base of the objectives.
+            seen: by the batches of this process.
+
+        Raises:
+            CalibrationError: no rows, NaN or Inf, or inputs of other shapes in the two models.
+        """
+        self._check(name, seen)
+        grams = self._grams_of(name, dense, seen)
+        base = to_gemm(dense.weight.detach()).double()
+        targets = ((base @ grams.dense) * base).sum(1)
+        zero, none = torch.zeros_like(base), torch.zeros_like(targets)
+        own = Objective(grams.dense, base, zero, grams.dense_sum, none, none, targets, grams.samples)
+        if not self._sequential:
+            return own, own
+        cross, total, squares = self._residuals(dense, seen, base, grams)
+        return own, Objective(grams.sparse, base, cross, grams.sparse_sum, total, squares, targets, grams.samples)
+
+    def _check(self, name: str, seen: Sequence[Seen]) -> None:
+        for one in seen:
+            if [x.shape for x in one.dense] != [x.shape for x in one.sparse]:
+                raise CalibrationError(
+                    f"layer {name} runs {len(one.dense)} times in the dense model and {len(one.sparse)} times in the "
+                    "converted one, or on other shapes: its execution depends on the data; leave it out, or use "
+                    "sequential = false"
+                )
+
+    def _grams_of(self, name: str, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen]) -> Grams:
+        read = [x for one in seen for x in (*one.dense, *one.sparse)]
+        same = len(read) == len(self._read) and all(a is b() for a, b in zip(read, self._read, strict=True))
+        # every process must come to the same decision, and convolutions of other strides cut other rows
+        shared = self._group.largest(float(not same), layer.weight.device) == 0 and isinstance(layer, nn.Linear)
+        if not shared or self._grams is None:
+            self._grams = self._sum_grams(name, layer, seen)
+            self._read = [weakref.ref(x) for x in read]
+        return self._grams
+
+    def _sum_grams(self, name: str, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen]) -> Grams:
+        device, width = layer.weight.device, to_gemm(layer.weight).shape[1]
+        every = stride(self._rows(layer, seen, 1))
+        rows = self._rows(layer, seen, every)
+        largest = self._group.largest(reach(x for one in seen for x in (*one.dense, *one.sparse)), device)
+        if rows == 0:
+            raise CalibrationError(f"layer {name} does not run on the calibration data: leave it out")
+        if not rows * largest**2 < _MOST_SQUARE:
+            what = "NaN or Inf" if largest == float("inf") else f"inputs up to {largest:.1g}, whose squares overflow,"
+            raise CalibrationError(
+                f"layer {name} meets {what} on the calibration data: the model overflows on it or "
+                "its weights are broken"
+            )
+
+        def total(which: str) -> tuple[Tensor, Tensor]:
+            gram = ExactSum((width, width), rows * largest**2, device)
+            sums = ExactSum((width,), rows * largest, device)
+            lock = threading.Lock()
+
+            def add(one: Seen) -> None:
+                for inputs in getattr(one, which):
+                    for x, _ in gemm_rows(layer, inputs, None, one.real, every):
+                        part, column_sums = gram_matrix(x), x.sum(0, dtype=torch.float64)
+                        with lock:
+                            gram.add(part)
+                            sums.add(column_sums)
+
+            self._group.each(add, seen)
+            return gram.total(self._group), sums.total(self._group)
+
+        dense = total("dense")
+        return Grams(*dense, *(total("sparse") if self._sequential else dense), rows, every, largest)
+
+    def _rows(self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], every: int) -> int:
+        counted = sum(count_rows(layer, inputs, one.real, every) for one in seen for inputs in one.dense)
+        return int(self._group.add(torch.tensor([counted], device=layer.weight.device))[0])
+
+    def _residuals(
+        self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], base: Tensor, grams: Grams
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """R^T X, the sum of r and ||R||^2 per output, over rows of the sparse model."""
+        device, (outputs, width) = base.device, base.shape
+        corrections = reach(one.correction for one in seen if one.correction is not None)
+        bound = 2 * grams.largest * float(base.abs().sum(1).max()) + self._group.largest(corrections, device)
+        cross = ExactSum((outputs, width), grams.samples * bound * grams.largest, device)
+        total = ExactSum((outputs,), grams.samples * bound, device)
+        squares = ExactSum((outputs,), grams.samples * bound**2, device)
+        lock = threading.Lock()
+
+        def add(one: Seen) -> None:
+            for dense, sparse in zip(one.dense, one.sparse, strict=True):
+                lags = gemm_rows(layer, dense - sparse, one.correction, one.real, grams.every)
+                given = gemm_rows(layer, sparse, None, one.real, grams.every)
+                for (lag, correction), (x, _) in zip(lags, given, strict=True):
+                    r = lag @ base.to(lag.dtype).T
+                    if correction is not None:
+                        r += correction
+                    part = r.T @ x
+                    with lock:
+                        cross.add(part)
+                        total.add(r.sum(0, dtype=torch.float64))
+                        squares.add(r.square().sum(0, dtype=torch.float64))
+
+        self._group.each(add, seen)
+        return cross.total(self._group), total.total(self._group), squares.total(self._group)
+
+
+def stride(rows: int) -> int:
+    """How far apart the positions are that are looked at, given all rows; odd, not to follow the columns of images."""
+    return max(1, rows // _ENOUGH_ROWS) // 2 * 2 + 1
+
+
+def gram_matrix(x: Tensor) -> Tensor:
+    """X^T X, computed on and above the diagonal blocks only.
+
+    Args:
+        x: (S, K).
+
+    Returns:
+        (K, K), same dtype, symmetric.
+    """
+    width = x.shape[1]
+    if width < 2 * _COLUMNS_AT_ONCE:
+        return x.T @ x
+    gram = x.new_empty(width, width)
+    for start in range(0, width, _COLUMNS_AT_ONCE):
+        end = min(start + _COLUMNS_AT_ONCE, width)
+        block = x[:, :end].T @ x[:, start:end]
+        gram[:end, start:end] = block
+        gram[start:end, :start] = block[:start].T
+    return gram

@@ -1,0 +1,96 @@
+"""What a conversion has finished, on disk: a killed one goes on after its last whole layer.
+
+One file for each stop, written whole or not at all. A file holds the tensors that the stop changed, bit for bit, so the
+activations that follow, and with them all later layers, are those of the conversion that was never killed.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from tnm_pipeline.training.atomic import write_atomically
+from tnm_pipeline.training.convert.batch import Batch, tensors_of
+
+_IDENTITY = "conversion.json"
+
+
+class JournalError(ValueError):
+    """A folder that holds the progress of another conversion, or a damaged one."""
+
+
+class Journal:
+    """The finished stops of one conversion in a folder."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        """Open or begin.
+
+        Args:
+            folder: made if needed.
+            identity: of the conversion, from `identify`.
+
+        Raises:
+            JournalError: the folder belongs to another conversion, or is damaged.
+        """
+        self._folder = folder
+        path = folder / _IDENTITY
+        if path.is_file():
+            if _read_identity(path) != identity:
+                raise JournalError(
+                    f"{folder} holds the progress of another conversion: another model, data, pattern or setting. "
+                    "Remove it to start anew, or choose another folder"
+                )
+        else:
+            write_atomically(path, json.dumps({"identity": identity}).encode())
+
+    def read(self, stop: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and the record of a finished stop; `None`: it is not finished.
+
+        Raises:
+            JournalError: the file is damaged.
+        """
+        path = self._path(stop)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+                record = json.loads(file.metadata()["record"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise JournalError(f"{path} is damaged ({error}): remove it, and the layer is converted again") from error
+        return tensors, record
+
+    def write(self, stop: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Note that a stop is finished."""
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(self._path(stop), serialize(held, metadata={"record": json.dumps(dict(record))}))
+
+    def _path(self, stop: str) -> Path:
+        digest = hashlib.sha256(stop.encode()).hexdigest()[:8]  # names of modules may differ in case only
+        return self._folder / f"{stop or 'model'}-{digest}.safetensors"
+
+
+def _read_identity(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["identity"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise JournalError(
+            f"{path} is damaged ({error}): remove its folder to start anew, or choose another folder"
+        ) from error
+
+
+def identify(models: Iterable[nn.Module], batches: Iterable[Batch], settings: Mapping[str, object]) -> str:
+    """A digest of everything that a conversion depends on."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    named = [item for model in models for item in model.state_dict().items()]
+    named += [item for batch in batches for item in tensors_of(batch)]
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,263 @@
+"""From a model and calibration data to a plan, whatever the way of choosing; and how much memory it will take.
+
+Where errors are predicted, the dense model runs once over all batches and stops before each layer, as in a conversion,
+so memory holds one layer's sums.
+
+Shape legend: O = out features, K = reduction length of the GEMM matrix.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+from torch import nn
+
+from tnm_pipeline.training.convert.batch import Batch, CalibrationError, attended, check_batches, head, tensors_of
+from tnm_pipeline.training.convert.budget import Budget
+from tnm_pipeline.training.convert.calibration import evaluating, one_thread, prunable_layer
+from tnm_pipeline.training.convert.choosing import (
+    Scene,
+    plan_by_error,
+    plan_by_preference,
+    plan_by_zeros,
+    plan_under_budget,
+)
+from tnm_pipeline.training.convert.collect import Collector, Seen
+from tnm_pipeline.training.convert.estimate import Estimate, estimate_masked
+from tnm_pipeline.training.convert.group import Group
+from tnm_pipeline.training.convert.meter import Repair
+from tnm_pipeline.training.convert.objective import Objective
+from tnm_pipeline.training.convert.passes import Passes
+from tnm_pipeline.training.convert.plan import Plan, PlanError, draft
+from tnm_pipeline.training.convert.schedule import schedule
+from tnm_pipeline.training.convert.sensitivity import measure_sensitivity
+from tnm_pipeline.training.convert.work import measure_work
+from tnm_pipeline.training.layout import to_gemm
+from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.selection import FOR_CONVERSION, Selection, select
+
+Choose = Literal["pattern", "zeros", "error", "budget"]
+"""The first pattern that fits; by the zeros there are; by the predicted error; under a budget, by sensitivity."""
+
+_PROBED = 64  # examples of a sensitivity: with two probes each, as many as are enough
+# float64 matrices that the largest layer holds at its worst moment: sums of both models, centred and blended ones, and
+# what a method makes of them.
+_SQUARES, _RECTANGLES = 6, 6
+
+
+@torch.no_grad()
+def plan(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    patterns: Sequence[Pattern],
+    *,
+    selection: Selection | None = None,
+    choose: Choose = "pattern",
+    confidence: float = 0.95,
+    most_error: float | None = None,
+    budget: Budget | None = None,
+    reference: nn.Module | None = None,
+    retune_batch_norm: bool = True,
+    workers: int = 1,
+    seed: int = 0,
+) -> Plan:
+    """Decide which layer gets which pattern.
+
+    `pattern` and `zeros` run two examples; `error` also runs all batches once, and `budget` measures sensitivities on
+    some of them besides. The same arguments give the same plan for any number of workers.
+
+    Args:
+        model: to be converted; comes back as it was.
+        batches: unlabelled inputs.
+        patterns: candidates; of equally dense ones, those listed first are preferred.
+        selection: which layers; default: all but the first and the last.
+        choose: how.
+        confidence: of `zeros`.
+        most_error: of `error`, which needs it.
+        budget: of `budget`, which needs it.
+        reference: the dense model that an unstructured one came from: errors are predicted against it.
+        retune_batch_norm: whether the conversion will.
+        workers: threads that share the work.
+        seed: of the sensitivities' random vectors.
+
+    Raises:
+        CalibrationError: no batches, NaN, or the model fails on them.
+        SelectionError, PlanError: no layer is left, or a value that `choose` needs is missing or cannot be meant.
+        BudgetError: no choice keeps the budget.
+    """
+    check_batches(batches)
+    choice = select(model, patterns, selection or FOR_CONVERSION)
+    dense = reference or model
+    with one_thread():
+        with _model_errors():
+            work = measure_work(model, head(batches[0], 2))
+        scene = Scene(model, choice, work, patterns)
+        if choose == "pattern":
+            return plan_by_preference(scene)
+        if choose == "zeros":
+            return plan_by_zeros(scene, confidence)
+        stops = {layer.name: (layer.name, *layer.tied) for layer in draft(model, choice, work, "").layers}
+        with _Predictor(model, dense, batches, stops, retune_batch_norm, workers) as predict:
+            if choose == "error":
+                if most_error is None:
+                    raise PlanError("choosing by error needs most_error, the relative error that a layer may have")
+                return plan_by_error(scene, predict.estimate, most_error)
+            if budget is None:
+                raise PlanError("choosing under a budget needs one: max_dense, or work")
+            with _model_errors():
+                sensitivities = measure_sensitivity(
+                    dense, choice, patterns[0], _some(batches, _PROBED), seed=seed, retuned=retune_batch_norm
+                )
+            return plan_under_budget(scene, predict.estimate, sensitivities, budget)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a conversion takes beyond the model and the batches, in bytes.
+
+    Attributes:
+        activations: of both models, suspended at the stop where they are most.
+        copies: of the chosen layers, or the whole reference.
+        sums: of the largest layer, and what its method makes of them.
+    """
+
+    activations: int
+    copies: int
+    sums: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.activations + self.copies + self.sums
+
+
+@torch.no_grad()
+def estimate_memory(
+    model: nn.Module,
+    planned: Plan,
+    batches: Sequence[Batch],
+    *,
+    reference: nn.Module | None = None,
+    retune_batch_norm: bool = True,
+) -> Memory:
+    """Foretell the peak; two examples are run.
+
+    Args:
+        model: to be converted.
+        planned: what will be done.
+        batches: unlabelled inputs.
+        reference: a second model that is held besides.
+        retune_batch_norm: whether the conversion will.
+
+    Raises:
+        CalibrationError: the model fails.
+    """
+    widest = max(batches, key=_elements_per_example)
+    with evaluating(model), _model_errors():
+        live = schedule(model, planned.stops, widest, norms=retune_batch_norm).live_bytes
+    examples = sum(_count(batch) * _elements_per_example(batch) for batch in batches) / _elements_per_example(widest)
+    weights = [prunable_layer(model, name).weight for name in planned.stops]
+    held = weights if reference is None else [*reference.parameters()]
+    shapes = [tuple(to_gemm(weight).shape) for weight in weights]
+    sums = max((8 * (_SQUARES * columns**2 + _RECTANGLES * rows * columns) for rows, columns in shapes), default=0)
+    return Memory(ceil(2 * live * examples), sum(one.numel() * one.element_size() for one in held), sums)
+
+
+def count_examples(batches: Sequence[Batch]) -> int:
+    """How many examples the batches hold together."""
+    return sum(_count(batch) for batch in batches)
+
+
+class _Predictor:
+    """Predicts errors of one layer after the other; suspended passes of the dense model bring the sums."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        batches: Sequence[Batch],
+        stops: Mapping[str, tuple[str, ...]],
+        retuned: bool,
+        workers: int,
+    ) -> None:
+        self._model, self._dense = model, dense
+        # one process plans, and tells the others
+        self._collector = Collector(Group(workers=workers), sequential=False)
+        self._evaluating = evaluating(dense)
+        with evaluating(dense), _model_errors():
+            order = schedule(dense, stops, batches[0], norms=retuned)
+        self._normed = order.normed
+        calls = {stop: count for stop, count in order.calls.items() if stop in stops}
+        self._left = list(calls)
+        self._passes = Passes(dense, dict(enumerate(batches)), stops, calls, {}, workers)
+        self._at: tuple[str, Objective] | None = None
+
+    def __enter__(self) -> Self:
+        self._evaluating.__enter__()
+        try:
+            with _model_errors():
+                self._passes.__enter__()
+        except BaseException:
+            self._evaluating.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._passes.__exit__(kind, error, trace)
+        self._evaluating.__exit__(kind, error, trace)
+
+    def estimate(self, name: str, pattern: Pattern) -> Estimate:
+        """Of a layer, called in the order of execution."""
+        if self._at is None or self._at[0] != name:
+            self._at = name, self._collect(name)
+        weight = to_gemm(prunable_layer(self._model, name).weight.detach())
+        return estimate_masked(self._at[1], weight, pattern, self._repair(name))
+
+    def _collect(self, name: str) -> Objective:
+        with _model_errors():
+            while self._left[0] != name:
+                self._passes.leave(self._left.pop(0))
+            seen = [
+                Seen(one.inputs_of(name), one.inputs_of(name), None, attended(one.batch)) for one in self._passes.passes
+            ]
+            return self._collector.collect(name, prunable_layer(self._dense, name), seen)[0]
+
+    def _repair(self, name: str) -> Repair:
+        if name in self._normed:
+            return "shift and scale"
+        return "nothing" if prunable_layer(self._model, name).bias is None else "shift"
+
+
+@contextmanager
+def _model_errors() -> Iterator[None]:
+    """What the user's model raises inside, as a `CalibrationError`."""
+    try:
+        yield
+    except (CalibrationError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CalibrationError(f"the model fails on the calibration data: {type(error).__name__}: {error}") from error
+
+
+def _some(batches: Sequence[Batch], wanted: int) -> list[Batch]:
+    """At most so many examples, from all over the batches: those of sentences go from short ones to long ones."""
+    if count_examples(batches) <= wanted:
+        return list(batches)
+    spread = batches[:: ceil(len(batches) / wanted)]
+    return [head(batch, max(1, wanted // len(spread))) for batch in spread]
+
+
+def _count(batch: Batch) -> int:
+    return len(next(tensors_of(batch))[1])
+
+
+def _elements_per_example(batch: Batch) -> int:
+    """What activations grow with: tokens, pixels."""
+    _, tensor = next(tensors_of(batch))
+    return tensor[0].numel()

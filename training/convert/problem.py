@@ -1,0 +1,85 @@
+"""What every conversion method is given, and what it returns.
+
+Shape legend: O = out features (or some rows of them), K = reduction length of the GEMM matrix.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tnm_pipeline.training.convert.objective import Objective
+from tnm_pipeline.training.masks import Solver, solve
+from tnm_pipeline.training.pattern import Pattern
+
+
+class Shared:
+    """What the rows of one layer have in common, such as a factor of its gram matrix: made by whoever asks first."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def get(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """The tensor of that name, made now if nobody made it yet; it must not depend on the rows that ask."""
+        with self._lock:
+            if name not in self._made:
+                self._made[name] = make()
+            return self._made[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Some rows of one layer; rows come in whole blocks, so that a transposable mask is the same for any split.
+
+    Attributes:
+        objective: of these rows, centred if the bias will follow.
+        weight: (O, K) float64, the current weights; zeros of an unstructured checkpoint included.
+        pattern: the rule.
+        solver: of the masks.
+        shared: by all rows of the layer.
+    """
+
+    objective: Objective
+    weight: Tensor
+    pattern: Pattern
+    solver: Solver = "exact"
+    shared: Shared = field(default_factory=Shared)
+
+    def rows(self, part: slice) -> "Problem":
+        """The problem of some of the outputs."""
+        return Problem(self.objective.rows(part), self.weight[part], self.pattern, self.solver, self.shared)
+
+    def project(self, matrix: Tensor, importance: Tensor | None = None) -> Tensor:
+        """The mask of the pattern that keeps the most of a matrix.
+
+        Args:
+            matrix: (O, K), any float dtype.
+            importance: (O, K), not negative; what to keep the most of in place of abs(matrix).
+
+        Returns:
+            (O, K) bool.
+        """
+        return solve(matrix, self.pattern, self.solver, importance)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What a method returns.
+
+    Attributes:
+        weight: (O, K) float64, zero wherever the mask is `False`.
+        mask: (O, K) bool, `True` = kept; holds the pattern.
+        damping: what was added to the diagonal of the gram matrix, relative to its mean; 0 for methods that add none.
+        iterations: steps taken by an iterative method; 0 for the others.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    damping: float = 0.0
+    iterations: int = 0
+
+
+Method = Callable[[Problem], Solution]
+"""A conversion method. It depends on nothing but the problem: the same rows give the same bits on any worker."""

@@ -1,0 +1,63 @@
+"""Sums that come out the same in any order: over batches, over threads, over machines.
+
+Floating-point addition rounds, so its result depends on the order, and with several workers the order is chance. Here
+each term is rounded once, to a multiple of one unit that is fixed beforehand; multiples of a unit add up exactly in
+int64.
+"""
+
+from collections.abc import Iterable
+from math import frexp
+
+import torch
+from torch import Tensor
+
+from tnm_pipeline.training.convert.group import Group
+
+_MOST = 1000  # so that its power of two is a float64
+_BITS = 62  # of an int64, without the sign and one for rounding
+
+
+class ExactSum:
+    """Adds float tensors of one shape in fixed point.
+
+    The unit is 2^-62 of the bound on the total, so a total near the bound is as exact as float64, and smaller ones lose
+    relative precision like the small entries of any fixed-point number.
+    """
+
+    def __init__(self, shape: tuple[int, ...], bound: float, device: torch.device) -> None:
+        """Start at zero.
+
+        Args:
+            shape: of the terms.
+            bound: no entry of the total, nor of any part of it, exceeds this in absolute value.
+            device: of the terms.
+        """
+        self._exponent = min(_BITS - frexp(bound)[1], _MOST) if bound > 0 else 0
+        self._total = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def add(self, term: Tensor) -> None:
+        """Add a term, of any float dtype, finite."""
+        scaled = term.to(torch.float64, copy=True).mul_(2.0**self._exponent)
+        self._total += scaled.round_().to(torch.int64)
+
+    def merge(self, other: "ExactSum") -> None:
+        """Add what another sum of the same bound holds."""
+        self._total += other._total
+
+    def total(self, group: Group) -> Tensor:
+        """The sum over all processes of the group: float64."""
+        return group.add(self._total).double().mul_(2.0**-self._exponent)
+
+
+def reach(tensors: Iterable[Tensor]) -> float:
+    """The largest absolute value in some tensors; infinite if one of them holds NaN or Inf, 0 if there are none."""
+    largest = 0.0
+    for tensor in tensors:
+        if tensor.numel() == 0:  # such as what an expert gets that no token is sent to
+            continue
+        low, high = torch.aminmax(tensor)  # NaN comes through
+        bound = float(torch.maximum(-low, high))
+        if not bound < float("inf"):
+            return float("inf")
+        largest = max(largest, bound)
+    return largest
