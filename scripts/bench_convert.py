@@ -24,6 +24,7 @@ come with the packages of the extra `dev`.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -191,6 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=data, help="default: $TNM_DATA, else ../shared/data")
     parser.add_argument("--quick", action="store_true", help="few layers, sentences, pairs, images and methods")
     parser.add_argument("--only", choices=("minilm", "efficientnet"))
+    parser.add_argument("--cases", default="", help="regular expression on the cases as they are printed")
     parser.add_argument("--sentences", type=int, default=512, help="to calibrate with")
     parser.add_argument("--batch", type=int, default=64, help="sentences in a batch")
     parser.add_argument("--repeats", type=int, default=3, help="of AdaPrune and ADMM at 2:4")
@@ -209,6 +211,7 @@ def main() -> int:
     facts = environment() | {name: package_version(name) for name in PACKAGES}
     facts |= {name: getattr(options, name) for name in ("quick", "sentences", "batch", "repeats", "workers", "seed")}
     todo = [case for case in cases(options.quick) if options.only in (None, case.model)]
+    todo = [case for case in todo if case in BASELINES or re.search(options.cases, str(case))]
     found: dict[Case, list[Row]] = {}
     for turn in range(max(options.repeats, 1)):
         for case in todo if turn == 0 else [case for case in (ADAPRUNE, ADMM) if case in todo]:

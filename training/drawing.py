@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor
 
 from tnm_pipeline.training.convert.batch import Batch, tensors_of
 from tnm_pipeline.training.sources import SourceError
+
+_PADDING = 1.3  # the longest row of a batch over its shortest: large batches for little padding
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ class Draw:
         return [{name: convert(tensor[rows]) for name, tensor in tensors.items()} for rows in batches]
 
     def by_length(self, place: str, rows: Sequence[Mapping[str, Any]]) -> list[Batch]:
-        """Batches of rows that are already chosen, in order of length; only rows of one length share a batch.
+        """Batches of rows that are already chosen, in order of length.
 
-        So nothing is padded, and a batch may be small.
+        Rows with an `attention_mask` share a batch with somewhat shorter ones, which are padded with zeros and so left
+        out; others only with rows of their own length, and a batch may be small.
 
         Args:
             place: where the rows come from, for the message.
@@ -73,18 +75,30 @@ class Draw:
         Raises:
             SourceError: a value is no number.
         """
-
-        def lengths(row: Mapping[str, Any]) -> list[int]:
-            return [len(value) if isinstance(value, list) else 0 for value in row.values()]
-
-        alike = [list(group) for _, group in groupby(sorted(rows, key=lengths), key=lengths)]
-        parts = [
-            group[start : start + self.batch_size] for group in alike for start in range(0, len(group), self.batch_size)
-        ]
+        slack = _PADDING if all("attention_mask" in row for row in rows) else 1.0
+        parts: list[list[Mapping[str, Any]]] = []
+        for row in sorted(rows, key=_lengths):
+            first = parts[-1][0] if parts else row
+            fits = all(own <= slack * least for own, least in zip(_lengths(row), _lengths(first), strict=True))
+            if not parts or len(parts[-1]) == self.batch_size or not fits:
+                parts.append([])
+            parts[-1].append(row)
         return [
-            {name: as_input(as_tensor(f"{place}: {name}", [row[name] for row in part])) for name in part[0]}
+            {name: as_input(as_tensor(f"{place}: {name}", _even([row[name] for row in part]))) for name in part[0]}
             for part in parts
         ]
+
+
+def _lengths(row: Mapping[str, Any]) -> list[int]:
+    return [len(value) if isinstance(value, list) else 0 for value in row.values()]
+
+
+def _even(values: list[Any]) -> list[Any]:
+    """Lists of one length: the longest's."""
+    if not all(isinstance(value, list) for value in values):
+        return values
+    longest = max(map(len, values))
+    return [value + [0] * (longest - len(value)) for value in values]
 
 
 def check_lengths(place: str, batch: Batch) -> int:
