@@ -16,6 +16,7 @@ from tnm_pipeline.training.convert.dataflow import held_tensor
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.journal import Journal
 from tnm_pipeline.training.convert.layer import convert_layer
+from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.passes import Passes
 from tnm_pipeline.training.convert.plan import Plan
 from tnm_pipeline.training.convert.problem import Method
@@ -74,7 +75,11 @@ class Walk:
                     record = self._match(stop, dense, sparse)
                 else:
                     seen = self._seen(stop, dense, sparse, residuals.get(stop))
-                    record = self._convert(stop, collector, seen, masks)
+                    objectives = collector.collect(stop, prunable_layer(self.reference, stop), seen)
+                    del seen
+                    with self._failing(f"layer {stop}", len(layers)):
+                        dense.leave(stop)  # its inputs are not needed again: memory for what follows
+                    record = self._convert(stop, *objectives, masks)
                 if stop not in self.schedule.norms:
                     layers.append(ConvertedLayer.from_dict(record))
                     if self.on_layer is not None:
@@ -92,7 +97,7 @@ class Walk:
         except (CalibrationError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the user's model may raise anything
-            kept = "" if self.journal is None else f"; the {done} layers before are kept"
+            kept = "" if self.journal is None else f"; finished layers kept: {done}"
             raise CalibrationError(
                 f"the model fails on the calibration data after {place}: {type(error).__name__}: {error}{kept}"
             ) from error
@@ -110,9 +115,8 @@ class Walk:
             seen.append(Seen(wanted, given, correction, attended(theirs.batch)))
         return seen
 
-    def _convert(self, stop: str, collector: Collector, seen: list[Seen], masks: dict[str, Tensor]) -> dict[str, Any]:
+    def _convert(self, stop: str, own: Objective, sequential: Objective, masks: dict[str, Tensor]) -> dict[str, Any]:
         layer, dense = prunable_layer(self.model, stop), prunable_layer(self.reference, stop)
-        own, sequential = collector.collect(stop, dense, seen)
         names = self.plan.stops[stop]
         converted, mask = convert_layer(
             stop,
