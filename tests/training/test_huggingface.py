@@ -197,7 +197,11 @@ def test_a_column_of_text(saved: Path, encoder: str) -> None:
     for source, split, texts in (("saved", "test", SENTENCES[20:]), ("single", None, SENTENCES[2:20])):
         arguments = {"column": "text", "tokenizer": encoder} | ({"split": split} if split else {})
         batches = [named(batch) for batch in loaded(saved.parent / source, arguments)]
-        rows = [row.tolist() for batch in batches for row in batch["input_ids"]]
+        rows = [
+            row[real.bool()].tolist()
+            for batch in batches
+            for row, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
         assert sorted(rows) == sorted(tokenizer(texts)["input_ids"])
 
 
