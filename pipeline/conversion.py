@@ -21,11 +21,11 @@ from tnm_pipeline.training.convert import convert as convert_model
 from tnm_pipeline.training.convert.budget import Budget
 from tnm_pipeline.training.convert.methods import find_method
 from tnm_pipeline.training.convert.plan import Plan, PlanError
-from tnm_pipeline.training.convert.planning import Memory, count_examples, estimate_memory
+from tnm_pipeline.training.convert.planning import Memory, estimate_memory
 from tnm_pipeline.training.convert.planning import plan as make_plan
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.selection import Selection
-from tnm_pipeline.training.unlabelled import load_calibration
+from tnm_pipeline.training.unlabelled import count_examples, load_calibration
 
 _SHORT = ("layer", "pattern", "work", "kept", "predicted error", "why")  # what is shown before work starts
 _TEXTS = ("why", "why not")  # columns that may wrap
@@ -76,7 +76,7 @@ class Preview:
         memory = self.memory
         return (
             f"method {self.method}, {self.examples} calibration examples in {self.batches} batches",
-            f"memory beyond the model and the data, at most about {_mebibytes(memory.total)}: activations "
+            f"tensors beyond the model and the data, about {_mebibytes(memory.total)}: activations "
             f"{_mebibytes(memory.activations)}, copies of layers {_mebibytes(memory.copies)}, sums of the largest "
             f"layer {_mebibytes(memory.sums)}",
         )

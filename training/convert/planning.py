@@ -39,6 +39,7 @@ from tnm_pipeline.training.convert.work import measure_work
 from tnm_pipeline.training.layout import to_gemm
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.selection import FOR_CONVERSION, Selection, select
+from tnm_pipeline.training.unlabelled import count_examples
 
 Choose = Literal["pattern", "zeros", "error", "budget"]
 """The first pattern that fits; by the zeros there are; by the predicted error; under a budget, by sensitivity."""
@@ -117,7 +118,9 @@ def plan(
 
 @dataclass(frozen=True)
 class Memory:
-    """What a conversion takes beyond the model and the batches, in bytes.
+    """What the tensors of a conversion take beyond the model and the batches, in bytes.
+
+    The process takes more: memory that threads have freed is not all given back.
 
     Attributes:
         activations: of both models, suspended at the stop where they are most.
@@ -165,11 +168,6 @@ def estimate_memory(
     shapes = [tuple(to_gemm(weight).shape) for weight in weights]
     sums = max((8 * (_SQUARES * columns**2 + _RECTANGLES * rows * columns) for rows, columns in shapes), default=0)
     return Memory(ceil(2 * live * examples), sum(one.numel() * one.element_size() for one in held), sums)
-
-
-def count_examples(batches: Sequence[Batch]) -> int:
-    """How many examples the batches hold together."""
-    return sum(_count(batch) for batch in batches)
 
 
 class _Predictor:

@@ -12,11 +12,12 @@ from tnm_pipeline.training.convert.batch import Batch, CalibrationError
 from tnm_pipeline.training.convert.budget import Budget
 from tnm_pipeline.training.convert.calibration import prunable_layer
 from tnm_pipeline.training.convert.plan import Plan, PlanError
-from tnm_pipeline.training.convert.planning import count_examples, estimate_memory, plan
+from tnm_pipeline.training.convert.planning import estimate_memory, plan
 from tnm_pipeline.training.masks import solve
 from tnm_pipeline.training.masks.prune import prune_unstructured
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.selection import Selection
+from tnm_pipeline.training.unlabelled import count_examples
 
 ROW, BOTH, LOOSE = Pattern(2, 4), Pattern(2, 4, transposable=True), Pattern(3, 4)
 ALL_LAYERS = Selection(keep_last=False)
