@@ -14,6 +14,7 @@ from tnm_pipeline.pipeline.cache import HUB, JOURNAL
 from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.crew import companions, meet, summon
 from tnm_pipeline.pipeline.errors import Stopped
+from tnm_pipeline.pipeline.heap import share_heap
 from tnm_pipeline.pipeline.learn import mask_picture, model_from, save, score
 from tnm_pipeline.pipeline.stages import Context
 from tnm_pipeline.training.convert import Batch, Conversion
@@ -181,6 +182,7 @@ class _Task:
             if context.should_stop() and done < total:
                 raise Stopped(f"stopped after layer {name}, {done} of {total}; the same command goes on from there")
 
+        share_heap()
         conversion = convert_model(
             model,
             plan,
@@ -227,6 +229,7 @@ def _preview(config: Config, model: nn.Module, reference: nn.Module | None, batc
     patterns = [Pattern.parse(text) for text in config.candidates]
     find_method(settings.method, patterns)  # before any pass
     budget = Budget(settings.max_dense, settings.work) if settings.choose == "budget" else None
+    share_heap()
     plan = make_plan(
         model,
         batches,

@@ -33,7 +33,8 @@ STEPS = 6  # with each of them
 def admm(problem: Problem) -> Solution:
     """Choose the mask by ADMM and fit what it keeps.
 
-    O(iterations O K^2) and one inverse, O(K^3), for each pull, in float32; rows share the inverses.
+    O(iterations O K^2), in bfloat16 where the processor has it, and one inverse, O(K^3), for each pull, in float32;
+    rows share the inverses.
     """
     objective, weight = problem.objective, problem.weight
     if not bool((objective.gram.diagonal() > 0).any()):  # no input ever changed: nothing but magnitude is known
@@ -56,12 +57,15 @@ def _search(problem: Problem, damping: float) -> tuple[Tensor, Tensor]:
     """
     objective, shared = problem.objective, problem.shared
     ridge = damping * objective.mean_diagonal
-    inverse = shared.get(f"admm: inverse {damping}", lambda: _inverse(objective.gram, ridge))
     scale = shared.get(f"admm: scale {damping}", lambda: (objective.gram.diagonal() + ridge).sqrt())
     matrix = shared.get(
         f"admm: matrix {damping}", lambda: _damped(objective.gram, ridge).div_(scale).div_(scale[:, None]).float()
     )
-    ideal = ((objective.cross + ridge * problem.weight) @ inverse * scale).float()
+    ideal = (objective.base * scale).float()
+    missing = (objective.residual_cross + ridge * (problem.weight - objective.base)) / scale
+    if bool(missing.any()):  # not where a dense layer is fitted to its own inputs
+        inverse = shared.get(f"admm: inverse {damping}", lambda: _inverse(matrix, 0.0))
+        ideal.addmm_(missing.float(), inverse)
     mask, held = _alternate(problem, ideal, problem.project(problem.weight * scale), matrix, damping)
     return mask, held.double() / scale
 
@@ -87,7 +91,8 @@ def _alternate(problem: Problem, ideal: Tensor, mask: Tensor, matrix: Tensor, da
         unmet *= past / pull
         past = pull
         for _ in range(STEPS):
-            pulled = torch.addmm(ideal, held.sub_(unmet).sub_(ideal), response).add_(unmet)
+            moved = held.sub_(unmet).sub_(ideal).to(response.dtype) @ response
+            pulled = moved.float().add_(ideal).add_(unmet)
             mask = problem.project(pulled)
             held = pulled * mask
             unmet = pulled.sub_(held)
@@ -95,8 +100,18 @@ def _alternate(problem: Problem, ideal: Tensor, mask: Tensor, matrix: Tensor, da
 
 
 def _response(matrix: Tensor, pull: float) -> Tensor:
-    """What of a pull on one weight arrives at the others."""
-    return _inverse(matrix, pull).mul_(pull)
+    """What of a pull on one weight arrives at the others, in the dtype in which steps are multiplied."""
+    return _inverse(matrix, pull).mul_(pull).to(_step_dtype(matrix.device))
+
+
+def _step_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where there are instructions for it: a search needs no more, and the fit after it is in float32."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        abilities = torch.cpu.get_capabilities()
+        native = abilities.get("avx512_bf16", False) or abilities.get("amx_bf16", False)
+    return torch.bfloat16 if native else torch.float32
 
 
 def _damped(matrix: Tensor, ridge: float) -> Tensor:

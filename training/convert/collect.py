@@ -69,6 +69,7 @@ class Collector:
         self._sequential = sequential
         self._read: list[weakref.ref[Tensor]] = []
         self._grams: Grams | None = None
+        self._lags: tuple[Tensor, Tensor] | None = None
 
     def collect(self, name: str, dense: nn.Linear | nn.Conv2d, seen: Sequence[Seen]) -> tuple[Objective, Objective]:
         """The own and the sequential objective; the same object twice if nothing is sequential.
@@ -107,7 +108,7 @@ class Collector:
         # every process must come to the same decision, and convolutions of other strides cut other rows
         shared = self._group.largest(float(not same), layer.weight.device) == 0 and isinstance(layer, nn.Linear)
         if not shared or self._grams is None:
-            self._grams = self._sum_grams(name, layer, seen)
+            self._grams, self._lags = self._sum_grams(name, layer, seen), None
             self._read = [weakref.ref(x) for x in read]
         return self._grams
 
@@ -133,7 +134,7 @@ class Collector:
             def add(one: Seen) -> None:
                 for inputs in getattr(one, which):
                     for x, _ in gemm_rows(layer, inputs, None, one.real, every):
-                        part, column_sums = gram_matrix(x), x.sum(0, dtype=torch.float64)
+                        part, column_sums = gram_matrix(x), x.sum(0)
                         with lock:
                             gram.add(part)
                             sums.add(column_sums)
@@ -152,8 +153,43 @@ class Collector:
         self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], base: Tensor, grams: Grams
     ) -> tuple[Tensor, Tensor, Tensor]:
         """R^T X, the sum of r and ||R||^2 per output, over rows of the sparse model."""
+        outputs, width = base.shape
+        corrections = [one.correction for one in seen if one.correction is not None]
+        corrected = self._group.largest(float(len(corrections) > 0), base.device) > 0
+        if corrected or width > outputs:
+            return self._sum_residuals(layer, seen, base, grams, reach(corrections))
+        # R is the lag L = dense - sparse inputs times base: fewer products, which layers of the same inputs share
+        if self._lags is None:
+            self._lags = self._sum_lags(layer, seen, grams)
+        lag_cross, lag_gram = self._lags
+        total = base @ (grams.dense_sum - grams.sparse_sum)
+        return base @ lag_cross, total, ((base @ lag_gram) * base).sum(1).clamp_min_(0.0)
+
+    def _sum_lags(self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], grams: Grams) -> tuple[Tensor, Tensor]:
+        """L^T X of the sparse X, and L^T L."""
+        shape, device = grams.sparse.shape, grams.sparse.device
+        bound = 2 * grams.samples * grams.largest**2
+        cross, gram = ExactSum(shape, bound, device), ExactSum(shape, 2 * bound, device)
+        lock = threading.Lock()
+
+        def add(one: Seen) -> None:
+            for dense, sparse in zip(one.dense, one.sparse, strict=True):
+                lags = gemm_rows(layer, dense - sparse, None, one.real, grams.every)
+                given = gemm_rows(layer, sparse, None, one.real, grams.every)
+                for (lag, _), (x, _) in zip(lags, given, strict=True):
+                    parts = lag.T @ x, gram_matrix(lag)
+                    with lock:
+                        cross.add(parts[0])
+                        gram.add(parts[1])
+
+        self._group.each(add, seen)
+        return cross.total(self._group), gram.total(self._group)
+
+    def _sum_residuals(
+        self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], base: Tensor, grams: Grams, corrections: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, residual by residual; corrections: the largest of these batches."""
         device, (outputs, width) = base.device, base.shape
-        corrections = reach(one.correction for one in seen if one.correction is not None)
         bound = 2 * grams.largest * float(base.abs().sum(1).max()) + self._group.largest(corrections, device)
         cross = ExactSum((outputs, width), grams.samples * bound * grams.largest, device)
         total = ExactSum((outputs,), grams.samples * bound, device)
@@ -171,8 +207,8 @@ class Collector:
                     part = r.T @ x
                     with lock:
                         cross.add(part)
-                        total.add(r.sum(0, dtype=torch.float64))
-                        squares.add(r.square().sum(0, dtype=torch.float64))
+                        total.add(r.sum(0))
+                        squares.add(r.square().sum(0))
 
         self._group.each(add, seen)
         return cross.total(self._group), total.total(self._group), squares.total(self._group)

@@ -82,6 +82,7 @@ def convert_layer(
     violations = count_violations(layer.weight, pattern).of(pattern)
     if violations:
         raise AssertionError(f"layer {name} breaks {pattern} in {violations} groups after conversion: a bug")
+    error = _error(sequential, stored, layer, dense, normed)
     return ConvertedLayer(
         name=name,
         type=type(layer).__name__,
@@ -92,8 +93,8 @@ def convert_layer(
         live_inputs=sequential.live_inputs,
         kept_magnitude=kept,
         error_masked=error_masked,
-        error_own=_error(own, stored, layer, dense, normed),
-        error=_error(sequential, stored, layer, dense, normed),
+        error_own=error if sequential is own else _error(own, stored, layer, dense, normed),
+        error=error,
         damping=solution.damping if isfinite(solution.damping) else None,
         iterations=solution.iterations,
         seconds=time.perf_counter() - began,

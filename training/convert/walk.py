@@ -63,10 +63,12 @@ class Walk:
         count = sum(stop not in self.schedule.norms for stop in self.schedule.calls)
         with ExitStack() as stack:
             with self._failing("the start", 0):
-                dense, sparse = (
+                followed = [self.reference, self.model] if self.sequential or self.schedule.norms else [self.reference]
+                sides = [
                     stack.enter_context(Passes(one, batches, stops, self.schedule.calls, endpoints, self.group.workers))
-                    for one in (self.reference, self.model)
-                )
+                    for one in followed
+                ]
+                dense, sparse = sides[0], sides[-1]
             for stop in self.schedule.calls:
                 kept = self.journal.read(stop) if self.journal is not None else None
                 if kept is not None:

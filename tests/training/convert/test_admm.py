@@ -123,7 +123,7 @@ def test_a_gram_matrix_that_is_none_is_reported(value: float) -> None:
     assert value > -1 or solution.damping == float("inf")
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**40])  # powers of two round nothing
 def test_units_of_the_inputs_change_nothing(scale: float) -> None:
     x, w = layer(16, 24)
     _, plain = solved(x, w)

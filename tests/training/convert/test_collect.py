@@ -17,6 +17,8 @@ from tnm_pipeline.training.layout import to_gemm
 LAYERS: dict[str, tuple[Callable[[], nn.Linear | nn.Conv2d], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(8, 6), (20, 8)),
     "linear on sequences, no bias": (lambda: nn.Linear(8, 6, bias=False), (4, 5, 8)),
+    "linear, more outputs": (lambda: nn.Linear(8, 10), (20, 8)),
+    "pointwise, more outputs": (lambda: nn.Conv2d(4, 6, 1, stride=2), (3, 4, 5, 6)),
     "pointwise": (lambda: nn.Conv2d(8, 6, 1), (3, 8, 5, 6)),
     "stride, padding": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (3, 4, 7, 8)),
     "dilation": (lambda: nn.Conv2d(4, 6, (3, 2), dilation=(2, 1), padding=(2, 0)), (3, 4, 7, 8)),
@@ -48,20 +50,23 @@ def inputs_of(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
-def test_sums_equal_their_definition(name: str, workers: int) -> None:
+def test_sums_equal_their_definition(name: str, corrected: bool, workers: int) -> None:
     build, shape = LAYERS[name]
     layer = build()
+    size = len(layer.weight)
     seen, wanted, given, corrections = [], [], [], []
     for seed in range(3):
         x, sparse_x = inputs_of(shape, seed), inputs_of(shape, seed + 10)
         correction = torch.randn(layer(x).shape, generator=torch.Generator().manual_seed(seed))
-        seen.append(Seen([x], [sparse_x], correction))
+        correction *= corrected
+        seen.append(Seen([x], [sparse_x], correction if corrected else None))
         wanted.append(rows_of(layer, x))
         given.append(rows_of(layer, sparse_x))
         outputs = correction.movedim(1, -1) if isinstance(layer, nn.Conv2d) else correction
-        corrections.append(outputs.reshape(-1, 6).double())
+        corrections.append(outputs.reshape(-1, size).double())
     own, sequential = Collector(Group(workers=workers), sequential=True).collect("layer", layer, seen)
     base = to_gemm(layer.weight).double()
     x, sparse_x = torch.cat(wanted), torch.cat(given)
@@ -73,7 +78,7 @@ def test_sums_equal_their_definition(name: str, workers: int) -> None:
     compare(sequential, expected)
     weight = torch.randn(base.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     error = float((sparse_x @ weight.T + 0.1 - target).norm() / (x @ base.T).norm())
-    assert sequential.relative_error(weight, torch.full((6,), 0.1)) == pytest.approx(error, rel=1e-5)
+    assert sequential.relative_error(weight, torch.full((size,), 0.1)) == pytest.approx(error, rel=1e-5)
 
 
 def compare(found: Objective, expected: Objective) -> None:
@@ -119,8 +124,9 @@ def test_layers_that_read_the_same_share_the_gram_matrix_and_others_do_not() -> 
     assert shared.gram is own.gram
     squares = (x @ second.weight.T).square().sum(0).double()
     torch.testing.assert_close(shared.target_squares, squares, rtol=1e-5, atol=1e-5)
-    _, sequential = collector.collect("second", second, [Seen([x], [other])])
-    torch.testing.assert_close(sequential.gram, (other.T @ other).double(), rtol=1e-5, atol=1e-4)
+    for layer in (second, nn.Linear(8, 12)):
+        _, sequential = collector.collect("layer", layer, [Seen([x], [other])])
+        compare(sequential, Objective.of(other, x @ layer.weight.T, layer.weight))
     del x, other
     fresh = inputs_of((20, 8), 2)  # may take the place of a tensor that is gone
     own, _ = collector.collect("first", first, [Seen([fresh], [fresh])])
