@@ -93,7 +93,8 @@ def cases(quick: bool) -> list[Case]:
         light = Case("efficientnet", "admm", max_dense=BUDGET)
         return [*BASELINES, ADAPRUNE, ADMM, Case("minilm", "admm", "2:4-T", "unstructured", "dense"), light]
     dense = [Case("minilm", method) for method in ("magnitude", "least-squares", "sparsegpt")]
-    dense += [Case("minilm", "admm", one_shot=True, keep_order=True), Case("minilm", "admm", keep_order=True)]
+    dense += [Case("minilm", "admm", pattern, one_shot=True) for pattern in ("2:4", "2:4-T", "4:8-T")]
+    dense += [Case("minilm", "admm", keep_order=True)]
     dense += [Case("minilm", "admm", pattern) for pattern in ("2:4-T", "4:8", "4:8-T")]
     pruned = [Case("minilm", method, start="unstructured") for method in ("magnitude", "least-squares", "sparsegpt")]
     pruned += [
