@@ -9,9 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tnm_pipeline.training.convert.admm import admm
+from tnm_pipeline.training.convert.group import Group
+from tnm_pipeline.training.convert.layer import ROWS_AT_ONCE
 from tnm_pipeline.training.convert.meter import Repair
 from tnm_pipeline.training.convert.objective import Objective
-from tnm_pipeline.training.masks import solve
+from tnm_pipeline.training.convert.problem import Problem
 from tnm_pipeline.training.pattern import Pattern
 
 
@@ -27,21 +30,26 @@ class Estimate(NamedTuple):
     squared_error: Tensor
 
 
-def estimate_masked(objective: Objective, weight: Tensor, pattern: Pattern, repair: Repair) -> Estimate:
-    """The error of nothing but a mask, by weight times norm of the input: O(O K^2), no fit.
+def estimate_fitted(
+    fitted: Objective, tested: Objective, weight: Tensor, pattern: Pattern, repair: Repair, group: Group
+) -> Estimate:
+    """The error that the default method's weights make on other samples than those that they are fitted to.
 
-    Cheap, and enough to tell layers apart; a fit brings some errors down by more than others, so where there is time
-    `estimate_weight` of fitted weights chooses better.
+    The other samples matter: where a layer's inputs are many and the examples few, the error that a fit leaves on its
+    own samples is half of what it makes elsewhere.
 
     Args:
-        objective: on the dense model's own inputs and outputs, not centred.
-        weight: (O, K), the weights to be masked.
+        fitted: objective to fit, on the dense model's own inputs and outputs, not centred.
+        tested: the same sums over samples to predict the error on.
+        weight: (O, K), the weights to be converted.
         pattern: the rule.
         repair: as of the layer's sensitivity.
+        group: whose threads share the rows.
     """
-    importance = weight.double().abs() * objective.gram.diagonal().clamp(min=0).sqrt()
-    mask = solve(weight, pattern, importance=importance)
-    return estimate_weight(objective, torch.where(mask, weight, 0.0), repair)
+    goal = fitted if repair == "nothing" else fitted.centred()
+    problem = Problem(goal, weight.double(), pattern)
+    parts = [problem.rows(slice(start, start + ROWS_AT_ONCE)) for start in range(0, len(weight), ROWS_AT_ONCE)]
+    return estimate_weight(tested, torch.cat([one.weight for one in group.each(admm, parts)]), repair)
 
 
 def estimate_weight(objective: Objective, weight: Tensor, repair: Repair) -> Estimate:

@@ -160,7 +160,7 @@ class Plan:
         if self.work:
             text += f"; {self.work_left / self.work:.0%} of the multiply-adds remain"
         if self.effect is not None:
-            text += f"; predicted change of the output, before any fit: {sqrt(self.effect):.2f}"
+            text += f"; predicted change of the output: {sqrt(self.effect):.2f}"
         return text
 
     def rows(self) -> list[dict[str, str]]:

@@ -27,14 +27,14 @@ from tnm_pipeline.training.convert.choosing import (
     plan_under_budget,
 )
 from tnm_pipeline.training.convert.collect import Collector, Seen
-from tnm_pipeline.training.convert.estimate import Estimate, estimate_masked
+from tnm_pipeline.training.convert.estimate import Estimate, estimate_fitted
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.meter import Repair
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.passes import Passes
 from tnm_pipeline.training.convert.plan import Plan, PlanError, draft
 from tnm_pipeline.training.convert.schedule import schedule
-from tnm_pipeline.training.convert.sensitivity import measure_sensitivity
+from tnm_pipeline.training.convert.sensitivity import after_later_layers, measure_sensitivity
 from tnm_pipeline.training.convert.work import measure_work
 from tnm_pipeline.training.layout import to_gemm
 from tnm_pipeline.training.pattern import Pattern
@@ -45,6 +45,7 @@ Choose = Literal["pattern", "zeros", "error", "budget"]
 """The first pattern that fits; by the zeros there are; by the predicted error; under a budget, by sensitivity."""
 
 _PROBED = 64  # examples of a sensitivity: with two probes each, as many as are enough
+_TESTED = 4  # every so-manieth batch tests predictions
 # float64 matrices that the largest layer holds at its worst moment: sums of both models, centred and blended ones, and
 # what a method makes of them.
 _SQUARES, _RECTANGLES = 6, 6
@@ -113,7 +114,7 @@ def plan(
                 sensitivities = measure_sensitivity(
                     dense, choice, patterns[0], _some(batches, _PROBED), seed=seed, retuned=retune_batch_norm
                 )
-            return plan_under_budget(scene, predict.estimate, sensitivities, budget)
+            return plan_under_budget(scene, predict.estimate, after_later_layers(sensitivities, predict.order), budget)
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,13 @@ def estimate_memory(
 
 
 class _Predictor:
-    """Predicts errors of one layer after the other; suspended passes of the dense model bring the sums."""
+    """Predicts errors of one layer after the other; suspended passes of the dense model bring the sums.
+
+    Every fourth batch tests what is fitted to the others; a batch that is alone does both.
+
+    Attributes:
+        order: of execution, of the layers.
+    """
 
     def __init__(
         self,
@@ -184,15 +191,17 @@ class _Predictor:
     ) -> None:
         self._model, self._dense = model, dense
         # one process plans, and tells the others
-        self._collector = Collector(Group(workers=workers), sequential=False)
+        self._group = Group(workers=workers)
+        self._fitted, self._tested = (Collector(self._group, sequential=False) for _ in range(2))
         self._evaluating = evaluating(dense)
         with evaluating(dense), _model_errors():
             order = schedule(dense, stops, batches[0], norms=retuned)
         self._normed = order.normed
         calls = {stop: count for stop, count in order.calls.items() if stop in stops}
+        self.order = tuple(calls)
         self._left = list(calls)
         self._passes = Passes(dense, dict(enumerate(batches)), stops, calls, {}, workers)
-        self._at: tuple[str, Objective] | None = None
+        self._at: tuple[str, Objective, Objective] | None = None
 
     def __enter__(self) -> Self:
         self._evaluating.__enter__()
@@ -213,18 +222,23 @@ class _Predictor:
     def estimate(self, name: str, pattern: Pattern) -> Estimate:
         """Of a layer, called in the order of execution."""
         if self._at is None or self._at[0] != name:
-            self._at = name, self._collect(name)
+            self._at = name, *self._collect(name)
         weight = to_gemm(prunable_layer(self._model, name).weight.detach())
-        return estimate_masked(self._at[1], weight, pattern, self._repair(name))
+        return estimate_fitted(*self._at[1:], weight, pattern, self._repair(name), self._group)
 
-    def _collect(self, name: str) -> Objective:
+    def _collect(self, name: str) -> tuple[Objective, Objective]:
+        """To fit to, and to test on."""
         with _model_errors():
             while self._left[0] != name:
                 self._passes.leave(self._left.pop(0))
             seen = [
                 Seen(one.inputs_of(name), one.inputs_of(name), None, attended(one.batch)) for one in self._passes.passes
             ]
-            return self._collector.collect(name, prunable_layer(self._dense, name), seen)[0]
+            dense = prunable_layer(self._dense, name)
+            ran = [one for one in seen if any(x.numel() for x in one.dense)]
+            tested = ran[1::_TESTED] or ran
+            fitted = [one for index, one in enumerate(ran) if index % _TESTED != 1]
+            return self._fitted.collect(name, dense, fitted)[0], self._tested.collect(name, dense, tested)[0]
 
     def _repair(self, name: str) -> Repair:
         if name in self._normed:

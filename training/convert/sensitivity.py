@@ -9,7 +9,8 @@ backward pass that starts from v. Hence
 The last form needs nothing of the error but its mean square per output channel, which a layer's objective knows for any
 new weight. With coherence 1 it holds if errors of different positions and channels are independent. They are not:
 those of a convolution repeat over the image and add up. How much they do is measured, on the error that masking the
-layer by magnitude makes, and taken to be the same for the other errors of the layer. Effects of several layers add up.
+layer by magnitude makes, and taken to be the same for the other errors of the layer. Effects of several layers add up,
+less what the layers that are converted later repair.
 
 What a conversion repairs must not count: a bias takes up the mean error of its channel, and a batch norm that is
 re-tuned also the part of the error that only stretches the channel. Otherwise layers before batch norms look far worse
@@ -20,8 +21,7 @@ Shape legend: B = examples, T = positions of a sequence, O = out features.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.selection import Choice
 
 ENOUGH = 128  # random vectors, examples times probes: the noise of an effect is then about an eighth
+# Of an error's effect, what each layer that is converted later takes away: it is fitted to inputs that have the error.
+# With this share the effects of a CNN's 32 layers add up to what converting them all does; docs/log.md.
+ABSORBED = 0.06
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +48,13 @@ class Sensitivity:
             each output channel, if its errors at different positions were independent.
         coherence: by how much they add up instead; 1: not at all.
         repair: what is mended afterwards; the errors given to `effect` are those that remain.
+        remaining: the share of the effect that is left once later layers are converted as well.
     """
 
     per_output: Tensor
     coherence: float
     repair: Repair
+    remaining: float = 1.0
 
     def effect(self, squared_error: Tensor) -> float:
         """The relative squared change ||f' - f||^2 / ||f||^2 of the network's output, predicted to first order.
@@ -57,7 +62,7 @@ class Sensitivity:
         Args:
             squared_error: (O,), mean over rows of the squared error of each output, after the repair.
         """
-        return self.coherence * float(self.per_output @ squared_error.to(self.per_output))
+        return self.remaining * self.coherence * float(self.per_output @ squared_error.to(self.per_output))
 
 
 def measure_sensitivity(
@@ -93,7 +98,7 @@ def measure_sensitivity(
     """
     check_batches(batches)
     if probes is None:
-        probes = ceil(ENOUGH / sum(_examples(batch) for batch in batches))
+        probes = max(1, round(ENOUGH / sum(_examples(batch) for batch in batches)))
     generator = torch.Generator().manual_seed(seed)
     groups = {name: (name, *choice.tied.get(name, ())) for name in choice.chosen}
     with evaluating(model), _frozen(model):
@@ -116,6 +121,17 @@ def measure_sensitivity(
         )
     measured = {name: _join(name, [meters[one] for one in group], square * probes) for name, group in groups.items()}
     return {name: sensitivity for name, sensitivity in measured.items() if sensitivity is not None}
+
+
+def after_later_layers(measured: Mapping[str, Sensitivity], order: Sequence[str]) -> dict[str, Sensitivity]:
+    """Sensitivities in a model of which all chosen layers are converted, one after the other.
+
+    Args:
+        measured: by `measure_sensitivity`, one layer at a time.
+        order: of execution.
+    """
+    last = len(order) - 1
+    return {name: replace(measured[name], remaining=(1 - ABSORBED) ** (last - at)) for at, name in enumerate(order)}
 
 
 def _probe(
@@ -148,8 +164,9 @@ def _join(name: str, meters: Sequence[Meter], square: float) -> Sensitivity | No
     if rows == 0:
         return None
     per_output = torch.stack([meter.per_output for meter in meters]).sum(0) / square
-    squared_error = torch.stack([meter.error_square for meter in meters]).sum(0) / rows
-    response = sum(meter.response for meter in meters) / square
+    remaining = [meter.remaining() for meter in meters]
+    squared_error = torch.stack([squares for squares, _ in remaining]).sum(0) / rows
+    response = sum(response for _, response in remaining) / square
     independent = float(per_output @ squared_error)
     if not independent < float("inf"):
         raise CalibrationError(

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tnm_pipeline.training.convert.estimate import estimate_masked, estimate_weight
+from tnm_pipeline.training.convert.admm import admm
+from tnm_pipeline.training.convert.estimate import estimate_fitted, estimate_weight
+from tnm_pipeline.training.convert.group import Group
+from tnm_pipeline.training.convert.layer import ROWS_AT_ONCE
 from tnm_pipeline.training.convert.meter import Repair
 from tnm_pipeline.training.convert.objective import Objective
+from tnm_pipeline.training.convert.problem import Problem
 from tnm_pipeline.training.pattern import Pattern
 
 TWO_FOUR = Pattern(2, 4)
@@ -16,25 +20,29 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_estimate_of_a_mask_is_the_error_that_it_makes() -> None:
-    inputs, layer = drawn(40, 8) + 1, nn.Linear(8, 4)
-    base = layer.weight.detach().double()
-    objective = Objective.of(inputs, inputs.double() @ base.T, base)
+def test_what_is_fitted_to_some_samples_is_tested_on_others() -> None:
+    base, weight = drawn(4, 8).double(), drawn(4, 8)
+    sides = [drawn(12, 8, seed=seed).double() + 1 for seed in (1, 2)]
+    fitted, tested = (Objective.of(inputs, inputs @ base.T, base) for inputs in sides)
     repairs: list[Repair] = ["nothing", "shift"]
     for repair in repairs:
-        relative, squared = estimate_masked(objective, layer.weight.detach(), TWO_FOUR, repair)
-        best = []
-        for row in base:
-            kept = torch.zeros(8, dtype=torch.bool)
-            for start in (0, 4):
-                scores = row.abs() * inputs.double().square().sum(0).sqrt()
-                kept[start + scores[start : start + 4].topk(2).indices] = True
-            errors = inputs.double() @ torch.where(kept, 0.0, -row)
-            errors = errors - errors.mean() if repair == "shift" else errors
-            best.append(float(errors.square().mean()))
-        torch.testing.assert_close(squared, torch.tensor(best, dtype=torch.float64))
-        total = (inputs.double() @ base.T).square().sum() / 40
-        assert relative == pytest.approx(float((squared.sum() / total).sqrt()))
+        relative, squared = estimate_fitted(fitted, tested, weight, TWO_FOUR, repair, Group())
+        goal = fitted.centred() if repair == "shift" else fitted
+        errors = sides[1] @ (admm(Problem(goal, weight.double(), TWO_FOUR)).weight - base).T
+        left = errors - errors.mean(0) if repair == "shift" else errors
+        torch.testing.assert_close(squared, left.square().mean(0))
+        assert relative == pytest.approx(float(left.norm() / (sides[1] @ base.T).norm()))
+        assert relative > estimate_fitted(fitted, fitted, weight, TWO_FOUR, repair, Group()).relative_error
+
+
+def test_rows_that_workers_share_are_fitted_as_one() -> None:
+    inputs, base = drawn(50, 8).double(), drawn(2 * ROWS_AT_ONCE + 4, 8, seed=1).double()
+    objective = Objective.of(inputs, inputs @ base.T, base)
+    one, several = (
+        estimate_fitted(objective, objective, base, Pattern(2, 4, transposable=True), "shift", Group(workers=count))
+        for count in (1, 3)
+    )
+    assert torch.equal(one.squared_error, several.squared_error)
 
 
 def test_a_re_tuned_batch_norm_takes_off_what_a_line_through_the_outputs_does() -> None:

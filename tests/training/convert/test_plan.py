@@ -273,7 +273,7 @@ def test_the_table_and_the_summary() -> None:
     assert rows[2]["why"] == "6 inputs are not a multiple of 4: no group of 2:4 fits"
     assert plan.summary() == (
         "2 layers (least effect, max_dense = 0.5): 1 2:4, 1 dense; 1 skipped; 75% of the multiply-adds remain; "
-        f"predicted change of the output, before any fit: {sqrt(0.03):.2f}"
+        f"predicted change of the output: {sqrt(0.03):.2f}"
     )
     assert plan_by_preference(scenery).summary() == (
         "2 layers (first pattern that fits): 2 2:4; 1 skipped; 50% of the multiply-adds remain"

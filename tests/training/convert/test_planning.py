@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.training.zoo import SMALL
+from tnm_pipeline.training.convert.admm import admm
 from tnm_pipeline.training.convert.batch import Batch, CalibrationError
 from tnm_pipeline.training.convert.budget import Budget
 from tnm_pipeline.training.convert.calibration import prunable_layer
+from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.plan import Plan, PlanError
 from tnm_pipeline.training.convert.planning import estimate_memory, plan
-from tnm_pipeline.training.masks import solve
+from tnm_pipeline.training.convert.problem import Problem
 from tnm_pipeline.training.masks.prune import prune_unstructured
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.selection import Selection
@@ -36,21 +38,25 @@ def network() -> nn.Sequential:
 BATCHES = list(drawn(60, 8).split(20))
 
 
-def test_predicted_errors_are_those_of_the_masked_layers() -> None:
+@pytest.mark.parametrize(("fitted", "tested"), [((0, 2), (1,)), ((0,), (0,))])
+def test_predicted_errors_are_those_of_fitted_layers_on_other_batches(
+    fitted: tuple[int, ...], tested: tuple[int, ...]
+) -> None:
     model = network()
-    made = plan(model, BATCHES, [ROW, LOOSE], selection=ALL_LAYERS, choose="error", most_error=0.3)
-    inputs = torch.cat(BATCHES)
+    batches = BATCHES[: max(fitted) + 1]
+    made = plan(model, batches, [ROW, LOOSE], selection=ALL_LAYERS, choose="error", most_error=0.3)
     for index, layer in ((0, made.layers[0]), (2, made.layers[1]), (4, made.layers[2])):
         module = prunable_layer(model, str(index))
-        x = model[:index](inputs).double().detach()
         old = module.weight.detach().double()
+        fit, x = (model[:index](torch.cat([BATCHES[at] for at in part])).double().detach() for part in (fitted, tested))
+        biased = module.bias is not None
+        objective = Objective.of(fit, fit @ old.T, old)
         for candidate in layer.candidates:
             if candidate.pattern is None:
                 continue
-            importance = old.abs() * x.square().sum(0).sqrt()
-            mask = solve(old.float(), candidate.pattern, importance=importance)
-            error = x @ torch.where(mask, old, 0.0).T - x @ old.T
-            if module.bias is not None:
+            problem = Problem(objective.centred() if biased else objective, old, candidate.pattern)
+            error = x @ (admm(problem).weight - old).T
+            if biased:
                 error = error - error.mean(0)
             assert candidate.predicted_error == pytest.approx(float(error.norm() / (x @ old.T).norm()), rel=1e-3)
         within = [c for c in layer.candidates if c.predicted_error is not None and c.predicted_error <= 0.3]
@@ -79,6 +85,29 @@ def test_any_number_of_workers_makes_the_same_plan_and_leaves_the_model_alone(na
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Routed(nn.Module):
+    """Its second layer gets only what the first one lets through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.expert = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(x)
+        chosen = x[:, 0] > 0
+        y[chosen] += self.expert(y[chosen])
+        return y
+
+
+def test_a_batch_that_gives_a_layer_nothing_does_not_test_it() -> None:
+    batches = [batch.clone() for batch in BATCHES]
+    batches[1][:, 0] = -1  # the one that tests other layers
+    settings: dict[str, Any] = {"selection": ALL_LAYERS, "choose": "error", "most_error": 0.3}
+    first, expert = plan(Routed(), batches, [ROW], **settings).layers
+    assert first.candidates[0].predicted_error
+    assert expert.candidates[0].predicted_error
 
 
 def test_zeros_of_an_unstructured_model_choose_without_any_pass() -> None:

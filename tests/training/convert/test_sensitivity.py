@@ -14,7 +14,7 @@ from tnm_pipeline.training.convert.estimate import estimate_weight
 from tnm_pipeline.training.convert.meter import Meter, Repair
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.patches import gemm_rows
-from tnm_pipeline.training.convert.sensitivity import Sensitivity, measure_sensitivity
+from tnm_pipeline.training.convert.sensitivity import ABSORBED, Sensitivity, after_later_layers, measure_sensitivity
 from tnm_pipeline.training.layout import to_gemm
 from tnm_pipeline.training.masks import solve
 from tnm_pipeline.training.pattern import Pattern
@@ -98,6 +98,31 @@ def test_of_a_linear_network_masking_has_the_effect_that_it_says(name: str) -> N
     sensitivity = measure_sensitivity(model, Choice((name,)), PATTERN, batches, probes=20)[name]
     reached = change(model, masked(model, name), batches)
     assert predicted(model, name, sensitivity, batches) == pytest.approx(reached, rel=0.1)
+
+
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.BatchNorm2d(1).eval()])
+def test_batches_of_one_example_measure_what_one_batch_of_all_does(norm: nn.Module) -> None:
+    """A shift and a scale that suit all examples mend less than those that suit each."""
+    model = nn.Sequential(nn.Conv2d(8, 1, 1), norm, nn.AdaptiveAvgPool2d(1))
+    batch = drawn(20, 8, 3, 3) + drawn(20, 8, 1, 1, seed=1)
+    together, alone = (
+        measure_sensitivity(model, Choice(("0",)), PATTERN, batches, probes=1)["0"]
+        for batches in ([batch], batch.split(1))
+    )
+    assert alone.coherence == pytest.approx(together.coherence, rel=1e-4)
+    assert predicted(model, "0", alone, [batch]) == pytest.approx(predicted(model, "0", together, [batch]), rel=1e-4)
+
+
+def test_each_later_layer_takes_its_share_of_an_effect() -> None:
+    model, batch = linear_network(), drawn(50, 8)
+    measured = measure_sensitivity(model, Choice(("2", "0", "1")), PATTERN, [batch])
+    left = after_later_layers(measured, ("0", "1", "2"))
+    for name, layers_after in (("0", 2), ("1", 1), ("2", 0)):
+        error = torch.ones(len(measured[name].per_output))
+        expected = measured[name].effect(error)
+        for _ in range(layers_after):
+            expected -= ABSORBED * expected
+        assert left[name].effect(error) == pytest.approx(expected)
 
 
 def test_errors_that_repeat_over_the_image_add_up() -> None:
@@ -238,4 +263,4 @@ def test_the_error_of_masking_is_the_one_that_the_objective_knows(
     model = nn.Sequential(layer)
     weight = to_gemm(masked(model, "0").get_submodule("0").get_parameter("weight").detach())
     expected = estimate_weight(objective_of(model, "0", [batch]), weight, repair).squared_error
-    torch.testing.assert_close(meter.error_square / meter.rows, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(meter.remaining()[0] / meter.rows, expected, rtol=1e-4, atol=1e-6)
