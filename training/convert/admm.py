@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tnm_pipeline.training.convert.least_squares import DAMPING, dampings, refit
+from tnm_pipeline.training.convert.least_squares import dampings, refit
 from tnm_pipeline.training.convert.problem import Problem, Solution
 
 PULLS = (0.1, 0.18, 0.32, 0.56, 1.0)  # rho, relative to the diagonal of H
@@ -39,7 +39,7 @@ def admm(problem: Problem) -> Solution:
     objective, weight = problem.objective, problem.weight
     if not bool((objective.gram.diagonal() > 0).any()):  # no input ever changed: nothing but magnitude is known
         return refit(objective, weight, problem.project(weight), shared=problem.shared)
-    for damping in dampings(DAMPING, objective):
+    for damping in dampings(problem.damping, objective):
         try:
             mask, start = _search(problem, damping)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # missing from torch's list of names

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,26 +38,40 @@ class Seen:
         sparse: inputs in the partly converted one; the same tensors if the conversion is not sequential.
         correction: of the layer's output shape, what the sequential target has on top of the dense output; `None` = 0.
         real: (B, T) bool, positions that are no padding; `None` = all.
+        half: 0 or 1, for `Collector.halves`: the same for a batch wherever it is.
     """
 
     dense: Sequence[Tensor]
     sparse: Sequence[Tensor]
     correction: Tensor | None = None
     real: Tensor | None = None
+    half: int = 0
+
+
+class Sums(NamedTuple):
+    """X^T X, (K, K) float64, the sum of x, (K,) float64, and the number of rows."""
+
+    gram: Tensor
+    inputs: Tensor
+    samples: int
+
+    def objective(self, base: Tensor) -> Objective:
+        """Of (O, K) weights that are right on these inputs."""
+        none = base.new_zeros(len(base))
+        targets = ((base @ self.gram) * base).sum(1)
+        return Objective(self.gram, base, torch.zeros_like(base), self.inputs, none, none, targets, self.samples)
 
 
 @dataclass(frozen=True, eq=False)
 class Grams:
-    """X^T X and the sum of x, in the dense and the sparse model; layers that read the same tensors share them.
+    """The sums of the dense and the sparse model's inputs; layers that read the same tensors share them.
 
     Of a convolution's output positions every so-manieth is looked at: neighbours say nearly the same.
     """
 
-    dense: Tensor
-    dense_sum: Tensor
-    sparse: Tensor
-    sparse_sum: Tensor
-    samples: int
+    dense: Sums
+    half: Sums
+    sparse: Sums
     every: int
     largest: float
 
@@ -69,6 +84,7 @@ class Collector:
         self._sequential = sequential
         self._read: list[weakref.ref[Tensor]] = []
         self._grams: Grams | None = None
+        self._base = torch.empty(0)
         self._lags: tuple[Tensor, Tensor] | None = None
 
     def collect(self, name: str, dense: nn.Linear | nn.Conv2d, seen: Sequence[Seen]) -> tuple[Objective, Objective]:
@@ -84,14 +100,28 @@ class Collector:
         """
         self._check(name, seen)
         grams = self._grams_of(name, dense, seen)
-        base = to_gemm(dense.weight.detach()).double()
-        targets = ((base @ grams.dense) * base).sum(1)
-        zero, none = torch.zeros_like(base), torch.zeros_like(targets)
-        own = Objective(grams.dense, base, zero, grams.dense_sum, none, none, targets, grams.samples)
+        self._base = to_gemm(dense.weight.detach()).double()
+        own = grams.dense.objective(self._base)
         if not self._sequential:
             return own, own
-        cross, total, squares = self._residuals(dense, seen, base, grams)
-        return own, Objective(grams.sparse, base, cross, grams.sparse_sum, total, squares, targets, grams.samples)
+        cross, total, squares = self._residuals(dense, seen, self._base, grams)
+        sequential = Objective(
+            grams.sparse.gram, self._base, cross, grams.sparse.inputs, total, squares, own.target_squares, own.samples
+        )
+        return own, sequential
+
+    def halves(self, outputs: int) -> tuple[Objective, Objective] | None:
+        """The own objective of the last layer over the batches of half 0 and of half 1, of the first so many outputs.
+
+        Returns:
+            `None` if one of the two has no rows.
+        """
+        assert self._grams is not None
+        whole, half = self._grams.dense, self._grams.half
+        rest = Sums(whole.gram - half.gram, whole.inputs - half.inputs, whole.samples - half.samples)
+        if not half.samples or not rest.samples:
+            return None
+        return half.objective(self._base[:outputs]), rest.objective(self._base[:outputs])
 
     def _check(self, name: str, seen: Sequence[Seen]) -> None:
         for one in seen:
@@ -126,7 +156,7 @@ class Collector:
                 "its weights are broken"
             )
 
-        def total(which: str) -> tuple[Tensor, Tensor]:
+        def total(which: str, batches: Sequence[Seen], samples: int) -> Sums:
             gram = ExactSum((width, width), rows * largest**2, device)
             sums = ExactSum((width,), rows * largest, device)
             lock = threading.Lock()
@@ -139,11 +169,14 @@ class Collector:
                             gram.add(part)
                             sums.add(column_sums)
 
-            self._group.each(add, seen)
-            return gram.total(self._group), sums.total(self._group)
+            self._group.each(add, batches)
+            return Sums(gram.total(self._group), sums.total(self._group), samples)
 
-        dense = total("dense")
-        return Grams(*dense, *(total("sparse") if self._sequential else dense), rows, every, largest)
+        first, second = ([one for one in seen if one.half == half] for half in (0, 1))
+        half = total("dense", first, self._rows(layer, first, every))
+        rest = total("dense", second, rows - half.samples)
+        dense = Sums(half.gram + rest.gram, half.inputs + rest.inputs, rows)
+        return Grams(dense, half, total("sparse", seen, rows) if self._sequential else dense, every, largest)
 
     def _rows(self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], every: int) -> int:
         counted = sum(count_rows(layer, inputs, one.real, every) for one in seen for inputs in one.dense)
@@ -162,13 +195,13 @@ class Collector:
         if self._lags is None:
             self._lags = self._sum_lags(layer, seen, grams)
         lag_cross, lag_gram = self._lags
-        total = base @ (grams.dense_sum - grams.sparse_sum)
+        total = base @ (grams.dense.inputs - grams.sparse.inputs)
         return base @ lag_cross, total, ((base @ lag_gram) * base).sum(1).clamp_min_(0.0)
 
     def _sum_lags(self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], grams: Grams) -> tuple[Tensor, Tensor]:
         """L^T X of the sparse X, and L^T L."""
-        shape, device = grams.sparse.shape, grams.sparse.device
-        bound = 2 * grams.samples * grams.largest**2
+        shape, device = grams.sparse.gram.shape, grams.sparse.gram.device
+        bound = 2 * grams.sparse.samples * grams.largest**2
         cross, gram = ExactSum(shape, bound, device), ExactSum(shape, 2 * bound, device)
         lock = threading.Lock()
 
@@ -191,9 +224,9 @@ class Collector:
         """The same, residual by residual; corrections: the largest of these batches."""
         device, (outputs, width) = base.device, base.shape
         bound = 2 * grams.largest * float(base.abs().sum(1).max()) + self._group.largest(corrections, device)
-        cross = ExactSum((outputs, width), grams.samples * bound * grams.largest, device)
-        total = ExactSum((outputs,), grams.samples * bound, device)
-        squares = ExactSum((outputs,), grams.samples * bound**2, device)
+        cross = ExactSum((outputs, width), grams.sparse.samples * bound * grams.largest, device)
+        total = ExactSum((outputs,), grams.sparse.samples * bound, device)
+        squares = ExactSum((outputs,), grams.sparse.samples * bound**2, device)
         lock = threading.Lock()
 
         def add(one: Seen) -> None:

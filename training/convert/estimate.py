@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tnm_pipeline.training.convert.admm import admm
+from tnm_pipeline.training.convert.damping import TRIED, Halves, Trial
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.layer import ROWS_AT_ONCE
 from tnm_pipeline.training.convert.meter import Repair
@@ -31,7 +32,14 @@ class Estimate(NamedTuple):
 
 
 def estimate_fitted(
-    fitted: Objective, tested: Objective, weight: Tensor, pattern: Pattern, repair: Repair, group: Group
+    fitted: Objective,
+    tested: Objective,
+    weight: Tensor,
+    pattern: Pattern,
+    *,
+    repair: Repair,
+    group: Group,
+    halves: Halves | None = None,
 ) -> Estimate:
     """The error that the default method's weights make on other samples than those that they are fitted to.
 
@@ -45,9 +53,11 @@ def estimate_fitted(
         pattern: the rule.
         repair: as of the layer's sensitivity.
         group: whose threads share the rows.
+        halves: of what is fitted to, to choose the damping by, as in a conversion.
     """
-    goal = fitted if repair == "nothing" else fitted.centred()
-    problem = Problem(goal, weight.double(), pattern)
+    shifts, old = repair != "nothing", weight.double()
+    choose = None if halves is None else Trial(halves, old[:TRIED], pattern, "exact", centred=shifts).best
+    problem = Problem(fitted.centred() if shifts else fitted, old, pattern, choose_damping=choose)
     parts = [problem.rows(slice(start, start + ROWS_AT_ONCE)) for start in range(0, len(weight), ROWS_AT_ONCE)]
     return estimate_weight(tested, torch.cat([one.weight for one in group.each(admm, parts)]), repair)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnm_pipeline.training.convert.bias import best_shift, shift_of
+from tnm_pipeline.training.convert.damping import TRIED, Halves, Trial
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.problem import Method, Problem, Solution
@@ -34,6 +35,7 @@ def convert_layer(
     own: Objective,
     sequential: Objective,
     *,
+    halves: Halves | None,
     pattern: Pattern,
     method: Method,
     solver: Solver,
@@ -49,6 +51,7 @@ def convert_layer(
         dense: of the dense model.
         own: objective with the dense model's inputs.
         sequential: with the inputs that the layer will get; the same object for a conversion that is not sequential.
+        halves: of the first `TRIED` outputs the own objective over either half of the samples; `None` = no trial.
         pattern: the rule.
         method: how weights are fitted.
         solver: of masks.
@@ -69,7 +72,8 @@ def convert_layer(
         goal = (sequential.centred() if shifts else sequential).blended(goal, OWN_SHARE)
     by_magnitude = to_gemm(solve(layer.weight, pattern, solver))
     error_masked = _error(sequential, torch.where(by_magnitude, old, 0.0), layer, dense, normed)
-    solution = _solve(Problem(goal, old, pattern, solver), method, group)
+    choose = None if halves is None else Trial(halves, old[:TRIED], pattern, solver, centred=shifts).best
+    solution = _solve(Problem(goal, old, pattern, solver, choose_damping=choose), method, group)
     mask = from_gemm(solution.mask, layer.weight.shape)
     kept = kept_magnitude(layer.weight, mask)
     layer.weight.copy_(from_gemm(torch.where(solution.mask, solution.weight, 0.0), layer.weight.shape))

@@ -17,11 +17,8 @@ from torch import Tensor
 
 from tnm_pipeline.training.convert.conjugate_gradients import descend
 from tnm_pipeline.training.convert.objective import Objective
-from tnm_pipeline.training.convert.problem import Problem, Shared, Solution
+from tnm_pipeline.training.convert.problem import DAMPING, Problem, Shared, Solution
 
-# Of the mean diagonal. Against 1e-3, on the held-out error: -0.4% on the narrow and -1.5% on the wide layers of a
-# sentence encoder, +0.8% on digits, which need none; 0.1 gains another 0.5% on the wide ones and loses 2.5% on digits.
-DAMPING = 3e-2
 TOLERANCE = 1e-3  # of the squared error; the held-out error does not notice less
 _MOST_DAMPING = 1.0
 _MOST_KEPT_FOR_CHOLESKY = 64  # of a row: up to here factors cost milliseconds, beyond them 5 to 10 times the descent
@@ -30,7 +27,8 @@ _ENTRIES_AT_ONCE = 1 << 22  # float64 entries of the (R, k, k) systems: 32 MiB, 
 
 def least_squares(problem: Problem) -> Solution:
     """Choose the mask by magnitude and fit what it keeps."""
-    return refit(problem.objective, problem.weight, problem.project(problem.weight), shared=problem.shared)
+    mask = problem.project(problem.weight)
+    return refit(problem.objective, problem.weight, mask, damping=problem.damping, shared=problem.shared)
 
 
 def refit(

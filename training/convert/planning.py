@@ -8,7 +8,7 @@ Shape legend: O = out features, K = reduction length of the GEMM matrix.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from types import TracebackType
 from typing import Literal, Self
@@ -27,6 +27,7 @@ from tnm_pipeline.training.convert.choosing import (
     plan_under_budget,
 )
 from tnm_pipeline.training.convert.collect import Collector, Seen
+from tnm_pipeline.training.convert.damping import TRIED, Halves
 from tnm_pipeline.training.convert.estimate import Estimate, estimate_fitted
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.meter import Repair
@@ -201,7 +202,7 @@ class _Predictor:
         self.order = tuple(calls)
         self._left = list(calls)
         self._passes = Passes(dense, dict(enumerate(batches)), stops, calls, {}, workers)
-        self._at: tuple[str, Objective, Objective] | None = None
+        self._at: tuple[str, Objective, Objective, Halves | None] | None = None
 
     def __enter__(self) -> Self:
         self._evaluating.__enter__()
@@ -224,10 +225,13 @@ class _Predictor:
         if self._at is None or self._at[0] != name:
             self._at = name, *self._collect(name)
         weight = to_gemm(prunable_layer(self._model, name).weight.detach())
-        return estimate_fitted(*self._at[1:], weight, pattern, self._repair(name), self._group)
+        _, fitted, tested, halves = self._at
+        return estimate_fitted(
+            fitted, tested, weight, pattern, repair=self._repair(name), group=self._group, halves=halves
+        )
 
-    def _collect(self, name: str) -> tuple[Objective, Objective]:
-        """To fit to, and to test on."""
+    def _collect(self, name: str) -> tuple[Objective, Objective, Halves | None]:
+        """To fit to, to test on, and the halves of what is fitted to."""
         with _model_errors():
             while self._left[0] != name:
                 self._passes.leave(self._left.pop(0))
@@ -237,8 +241,9 @@ class _Predictor:
             dense = prunable_layer(self._dense, name)
             ran = [one for one in seen if any(x.numel() for x in one.dense)]
             tested = ran[1::_TESTED] or ran
-            fitted = [one for index, one in enumerate(ran) if index % _TESTED != 1]
-            return self._fitted.collect(name, dense, fitted)[0], self._tested.collect(name, dense, tested)[0]
+            left = [one for index, one in enumerate(ran) if index % _TESTED != 1]
+            fitted, _ = self._fitted.collect(name, dense, [replace(one, half=at % 2) for at, one in enumerate(left)])
+            return fitted, self._tested.collect(name, dense, tested)[0], self._fitted.halves(TRIED)
 
     def _repair(self, name: str) -> Repair:
         if name in self._normed:

@@ -5,13 +5,18 @@ Shape legend: O = out features (or some rows of them), K = reduction length of t
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.masks import Solver, solve
 from tnm_pipeline.training.pattern import Pattern
+
+# Of the mean diagonal of the gram matrix, where nothing says better. Against 1e-3, on the held-out error: -0.4% on the
+# narrow and -1.5% on the wide layers of a sentence encoder, +0.8% on digits, which need none.
+DAMPING = 3e-2
 
 
 class Shared:
@@ -39,6 +44,7 @@ class Problem:
         pattern: the rule.
         solver: of the masks.
         shared: by all rows of the layer.
+        choose_damping: asked once, if a method wants it; must not depend on the rows. `None` = `DAMPING`.
     """
 
     objective: Objective
@@ -46,10 +52,19 @@ class Problem:
     pattern: Pattern
     solver: Solver = "exact"
     shared: Shared = field(default_factory=Shared)
+    choose_damping: Callable[[], float] | None = None
 
     def rows(self, part: slice) -> "Problem":
         """The problem of some of the outputs."""
-        return Problem(self.objective.rows(part), self.weight[part], self.pattern, self.solver, self.shared)
+        return replace(self, objective=self.objective.rows(part), weight=self.weight[part])
+
+    @property
+    def damping(self) -> float:
+        """How much of the mean diagonal of the gram matrix to add to it, at first."""
+        choose = self.choose_damping
+        if choose is None:
+            return DAMPING
+        return float(self.shared.get("damping", lambda: torch.tensor(choose(), dtype=torch.float64)))
 
     def project(self, matrix: Tensor, importance: Tensor | None = None) -> Tensor:
         """The mask of the pattern that keeps the most of a matrix.

@@ -12,6 +12,7 @@ from tnm_pipeline.training.convert.batch import Batch, CalibrationError, attende
 from tnm_pipeline.training.convert.batch_norm import BatchNorm, match_statistics, moments
 from tnm_pipeline.training.convert.calibration import prunable_layer
 from tnm_pipeline.training.convert.collect import Collector, Seen
+from tnm_pipeline.training.convert.damping import TRIED, Halves
 from tnm_pipeline.training.convert.dataflow import held_tensor
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.journal import Journal
@@ -81,7 +82,7 @@ class Walk:
                     del seen
                     with self._failing(f"layer {stop}", len(layers)):
                         dense.leave(stop)  # its inputs are not needed again: memory for what follows
-                    record = self._convert(stop, *objectives, masks)
+                    record = self._convert(stop, *objectives, collector.halves(TRIED), masks)
                 if stop not in self.schedule.norms:
                     layers.append(ConvertedLayer.from_dict(record))
                     if self.on_layer is not None:
@@ -114,10 +115,17 @@ class Walk:
             correction = None
             if scale is not None and wanted and given:
                 correction = _correction(theirs.partner_of(stop) - ours.partner_of(stop), scale)
-            seen.append(Seen(wanted, given, correction, attended(theirs.batch)))
+            seen.append(Seen(wanted, given, correction, attended(theirs.batch), theirs.index % 2))
         return seen
 
-    def _convert(self, stop: str, own: Objective, sequential: Objective, masks: dict[str, Tensor]) -> dict[str, Any]:
+    def _convert(
+        self,
+        stop: str,
+        own: Objective,
+        sequential: Objective,
+        halves: Halves | None,
+        masks: dict[str, Tensor],
+    ) -> dict[str, Any]:
         layer, dense = prunable_layer(self.model, stop), prunable_layer(self.reference, stop)
         names = self.plan.stops[stop]
         converted, mask = convert_layer(
@@ -126,6 +134,7 @@ class Walk:
             dense,
             own,
             sequential,
+            halves=halves,
             pattern=self.plan.patterns[stop],
             method=self.method,
             solver=self.solver,

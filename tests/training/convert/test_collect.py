@@ -133,6 +133,27 @@ def test_layers_that_read_the_same_share_the_gram_matrix_and_others_do_not() -> 
     torch.testing.assert_close(own.gram, (fresh.T @ fresh).double(), rtol=1e-5, atol=1e-4)
 
 
+@torch.no_grad()
+def test_halves_are_the_own_objective_of_either_half() -> None:
+    layer = nn.Linear(8, 6)
+    parts = [inputs_of((20, 8), seed) for seed in range(4)]
+    collector = Collector(Group(), sequential=True)
+    collector.collect("layer", layer, [Seen([x], [x + 1], half=index % 2) for index, x in enumerate(parts)])
+    halves = collector.halves(4)
+    assert halves is not None
+    for found, x in zip(halves, (torch.cat(parts[::2]), torch.cat(parts[1::2])), strict=True):
+        compare(found, Objective.of(x, x @ layer.weight[:4].T, layer.weight[:4]))
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@torch.no_grad()
+def test_one_batch_has_no_halves(half: int) -> None:
+    collector = Collector(Group(), sequential=False)
+    x = inputs_of((20, 8), 0)
+    collector.collect("layer", nn.Linear(8, 6), [Seen([x], [x], half=half)])
+    assert collector.halves(4) is None
+
+
 @pytest.mark.parametrize("workers", [2, 4])
 @torch.no_grad()
 def test_workers_change_no_bit(workers: int) -> None:

@@ -26,20 +26,22 @@ def test_what_is_fitted_to_some_samples_is_tested_on_others() -> None:
     fitted, tested = (Objective.of(inputs, inputs @ base.T, base) for inputs in sides)
     repairs: list[Repair] = ["nothing", "shift"]
     for repair in repairs:
-        relative, squared = estimate_fitted(fitted, tested, weight, TWO_FOUR, repair, Group())
+        relative, squared = estimate_fitted(fitted, tested, weight, TWO_FOUR, repair=repair, group=Group())
         goal = fitted.centred() if repair == "shift" else fitted
         errors = sides[1] @ (admm(Problem(goal, weight.double(), TWO_FOUR)).weight - base).T
         left = errors - errors.mean(0) if repair == "shift" else errors
         torch.testing.assert_close(squared, left.square().mean(0))
         assert relative == pytest.approx(float(left.norm() / (sides[1] @ base.T).norm()))
-        assert relative > estimate_fitted(fitted, fitted, weight, TWO_FOUR, repair, Group()).relative_error
+        assert relative > estimate_fitted(fitted, fitted, weight, TWO_FOUR, repair=repair, group=Group()).relative_error
 
 
 def test_rows_that_workers_share_are_fitted_as_one() -> None:
     inputs, base = drawn(50, 8).double(), drawn(2 * ROWS_AT_ONCE + 4, 8, seed=1).double()
     objective = Objective.of(inputs, inputs @ base.T, base)
     one, several = (
-        estimate_fitted(objective, objective, base, Pattern(2, 4, transposable=True), "shift", Group(workers=count))
+        estimate_fitted(
+            objective, objective, base, Pattern(2, 4, transposable=True), repair="shift", group=Group(workers=count)
+        )
         for count in (1, 3)
     )
     assert torch.equal(one.squared_error, several.squared_error)

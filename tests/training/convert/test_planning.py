@@ -12,6 +12,7 @@ from tnm_pipeline.training.convert.admm import admm
 from tnm_pipeline.training.convert.batch import Batch, CalibrationError
 from tnm_pipeline.training.convert.budget import Budget
 from tnm_pipeline.training.convert.calibration import prunable_layer
+from tnm_pipeline.training.convert.damping import Trial
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.plan import Plan, PlanError
 from tnm_pipeline.training.convert.planning import estimate_memory, plan
@@ -48,13 +49,19 @@ def test_predicted_errors_are_those_of_fitted_layers_on_other_batches(
     for index, layer in ((0, made.layers[0]), (2, made.layers[1]), (4, made.layers[2])):
         module = prunable_layer(model, str(index))
         old = module.weight.detach().double()
-        fit, x = (model[:index](torch.cat([BATCHES[at] for at in part])).double().detach() for part in (fitted, tested))
+        parts = [model[:index](BATCHES[at]).double().detach() for at in fitted]
+        x = torch.cat([model[:index](BATCHES[at]).double().detach() for at in tested])
         biased = module.bias is not None
-        objective = Objective.of(fit, fit @ old.T, old)
+        objectives = [Objective.of(part, part @ old.T, old) for part in parts]
+        objective = objectives[0] if len(parts) == 1 else objectives[0] + objectives[1]
         for candidate in layer.candidates:
             if candidate.pattern is None:
                 continue
-            problem = Problem(objective.centred() if biased else objective, old, candidate.pattern)
+            choose = None
+            if len(parts) == 2:
+                choose = Trial((objectives[0], objectives[1]), old, candidate.pattern, "exact", centred=biased).best
+            goal = objective.centred() if biased else objective
+            problem = Problem(goal, old, candidate.pattern, choose_damping=choose)
             error = x @ (admm(problem).weight - old).T
             if biased:
                 error = error - error.mean(0)

@@ -1,0 +1,72 @@
+"""How much damping a layer wants, tried on data that its weights were not fitted to.
+
+A layer with few inputs and many samples wants none; one whose inputs outnumber what the samples tell apart wants as
+much as the largest of its gram matrix. Nothing simpler than a trial tells them apart: weights for a plain mask are
+fitted to one half of the samples and tested on the other. What is best for half of them is somewhat much for all, and
+kept: the inputs in production differ from both halves, and those of the converted model from the dense one's.
+
+Shape legend: O = out features, K = reduction length, R = the rows that are tried.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tnm_pipeline.training.convert.least_squares import refit
+from tnm_pipeline.training.convert.objective import Objective
+from tnm_pipeline.training.convert.problem import DAMPING
+from tnm_pipeline.training.masks import Solver, solve
+from tnm_pipeline.training.pattern import Pattern
+
+GRID = (0.01, DAMPING, 0.1, 0.3, 1.0)  # of the mean diagonal
+TRIED = 64  # outputs; whole blocks of any pattern
+_TOLERANCE = 1e-2  # of the fits: errors of two dampings differ by more
+
+Halves = tuple[Objective, Objective]
+"""The same layer's objective over two halves of the samples."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A layer's samples in two halves.
+
+    Attributes:
+        halves: objectives of R outputs on the dense model's own inputs, not centred.
+        weight: (R, K) float64, their current weights.
+        pattern: the rule.
+        solver: of masks.
+        centred: the bias will follow.
+    """
+
+    halves: Halves
+    weight: Tensor
+    pattern: Pattern
+    solver: Solver
+    centred: bool
+
+    def best(self) -> float:
+        """The damping of `GRID` with the least error on the other half; errors are taken to have one minimum."""
+        fitted, tested = (half.centred() if self.centred else half for half in self.halves)
+        norms = (fitted.gram.diagonal() + tested.gram.diagonal()).clamp(min=0.0).sqrt()
+        mask = solve(self.weight, self.pattern, self.solver, self.weight.abs() * norms)
+        scale = fitted.target_squares + tested.target_squares
+
+        @cache
+        def error(index: int) -> float:
+            fit = refit(fitted, self.weight, mask, damping=GRID[index], tolerance=_TOLERANCE)
+            # every output counts alike
+            return float(torch.where(scale > 0, tested.squared_errors(fit.weight) / scale, 0.0).sum())
+
+        return GRID[_lowest(error, GRID.index(DAMPING), len(GRID))]
+
+
+def _lowest(value: Callable[[int], float], start: int, count: int) -> int:
+    """Downhill from a start to the first index whose neighbours are no lower."""
+    at = start
+    for step in (1, -1):
+        while 0 <= at + step < count and value(at + step) < value(at):
+            at += step
+    return at
