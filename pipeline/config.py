@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.recipes import RECIPES
 
 Route = Literal["train", "convert", "convert-unstructured"]
 
@@ -76,7 +77,7 @@ class SparsitySection(_Section):
 class TrainSection(_Section):
     """The training loop; see `tnm_pipeline.training.loop.FitConfig`."""
 
-    recipe: Literal["dynamic", "static"] = "dynamic"
+    recipe: Literal["dynamic", "static", "paper", "gradual", "dense-tail", "s-ste"] = "dynamic"
     epochs: Annotated[int, Field(ge=1)] = 40
     batch_size: Annotated[int, Field(ge=1)] = 64
     lr: Annotated[float, Field(gt=0)] = 0.1
@@ -196,7 +197,19 @@ class Config(_Section):
             raise ValueError(
                 f"verify.latency_batch = {self.verify.latency_batch} is outside trt.batch {self.trt.batch}"
             )
+        if "train" in self.run.routes and not self.export.checkpoint:
+            self._check_recipe()
         return self
+
+    def _check_recipe(self) -> None:
+        recipe = RECIPES[self.train.recipe]
+        if recipe.ends_dense:
+            sparse = ", ".join(name for name, other in RECIPES.items() if not other.ends_dense)
+            raise ValueError(
+                f"train.recipe = {recipe.name} ends dense, and a run delivers sparse weights: choose one of {sparse}; "
+                "in Python, fit() and Sparsifier take it"
+            )
+        recipe.check_pattern(Pattern.parse(self.sparsity.pattern))
 
     @property
     def labelled(self) -> bool:

@@ -42,6 +42,7 @@ _CODES = {
     "tnm_pipeline.pipeline.errors.LatencyGateFailed": ExitCode.LATENCY_GATE,
     "tnm_pipeline.pipeline.errors.Stopped": ExitCode.INTERRUPTED,
     "tnm_pipeline.training.pattern.PatternError": ExitCode.USAGE,
+    "tnm_pipeline.training.recipes.RecipeError": ExitCode.USAGE,
     "tnm_pipeline.training.sources.SourceError": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.training.sources.MissingPackageError": ExitCode.ENVIRONMENT,
     "tnm_pipeline.training.selection.SelectionError": ExitCode.INPUT_REJECTED,

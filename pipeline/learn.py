@@ -55,7 +55,7 @@ def dense(context: Context) -> dict[str, Any]:
 
 
 def train(context: Context) -> dict[str, Any]:
-    """Train with masks: from the initial weights, or with `static` from the dense ones."""
+    """Train with masks: from the initial weights, or from the dense ones if the recipe says so."""
     config = context.config
     model = model_from(config, context.inputs["dense"])[0] if "dense" in context.inputs else new_model(config)
     recipe = recipe_named(config.train.recipe)

@@ -17,6 +17,7 @@ from tnm_pipeline.export.environment import package_version
 from tnm_pipeline.pipeline.cache import source_fingerprint
 from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.errors import ConfigError
+from tnm_pipeline.training.recipes import recipe_named
 
 CHECKPOINT = "model.safetensors"
 RESULT = "result.json"
@@ -183,7 +184,7 @@ def _add_route(
     pattern = config.sparsity.pattern
     if route == "train":
         learning = {key: value for key, value in sections["train"].items() if key != "save_every"}
-        start = {"dense": dense} if config.train.recipe == "static" else {}
+        start = {"dense": dense} if recipe_named(config.train.recipe).from_dense else {}
         title = f"train {pattern} ({config.train.recipe})"
         return add("train", title, "learn:train", {**sparsity, "train": learning}, start)
     settings = {**sparsity, **_conversion(config, sections)}

@@ -261,7 +261,7 @@ class _Training:
         layers: list[LayerReport] = []
         masks: dict[str, Tensor] = {}
         if self.sparsifier:
-            self.history.flip_rate = self.sparsifier.flip_rates
+            self.history.flip_rate = [(refresh.step, refresh.flip_rate) for refresh in self.sparsifier.telemetry]
             layers, masks = self.sparsifier.finalize()
         self.model.eval()
         return FitResult(evaluate(self.model, self.data.test), self.history, layers, masks)

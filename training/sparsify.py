@@ -1,5 +1,7 @@
 """One line in anybody's loop: swap layers in place, then ride on the optimizer's hooks."""
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -7,12 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tnm_pipeline.training.layers import SparseLayer, make_plain, make_sparse
+from tnm_pipeline.training.layers import SparseLayer, make_plain, make_sparse, used_weight
 from tnm_pipeline.training.masks import count_violations, kept_magnitude, solve
-from tnm_pipeline.training.masks.solve import Solver
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.recipes import Recipe, recipe_named
 from tnm_pipeline.training.selection import Selection, select
+from tnm_pipeline.training.telemetry import Refresh, Stopwatch, compare
+
+
+class OptimizerMismatchError(ValueError):
+    """The optimizer steps other parameters than those of the layers that shall become sparse."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +62,29 @@ class Sparsifier:
     ```
 
     Steps are optimizer steps: gradient accumulation and steps skipped by a loss scaler do not count. The
-    masks live in the model (persistent buffers named `mask`) and the counters in `state_dict()`.
+    masks live in the model (persistent buffers named `mask`, and whatever else `buffers()` names) and the counters in
+    `state_dict()`.
+
+    A chosen layer whose weight is frozen (`requires_grad` is False) gets a mask too, which stays as its weights do.
 
     Args:
         model: changed in place; parameters keep their identity and names.
-        optimizer: the one that steps the model's parameters.
+        optimizer: the one that steps the model's parameters; it may have been made before.
         pattern: `Pattern` or its text form.
         recipe: `Recipe` or the name of one.
         selection: which layers; default: all but the last.
-        total_steps: optimizer steps of the whole training; without it masks never freeze.
-        solver: of the masks.
+        total_steps: optimizer steps of the whole training; without it masks never freeze, and a recipe that leaks
+            refuses to begin.
+
+    Attributes:
+        step: optimizer steps done.
+        telemetry: one entry per mask update.
 
     Raises:
         PatternError: the text form is wrong.
-        ValueError: unknown recipe, nothing to make sparse, or NaN weights.
+        RecipeError: unknown recipe, or one that does not go with the pattern or without `total_steps`.
+        OptimizerMismatchError: the optimizer does not hold a chosen weight that learns.
+        ValueError: nothing to make sparse, or NaN weights.
     """
 
     def __init__(
@@ -81,19 +96,22 @@ class Sparsifier:
         *,
         selection: Selection | None = None,
         total_steps: int | None = None,
-        solver: Solver = "exact",
     ) -> None:
         self.model = model
         self.pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
         self.recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+        self.recipe.check_pattern(self.pattern)
+        self.recipe.check_length(total_steps)
         self.choice = select(model, self.pattern, selection)
+        _check_holds(optimizer, {name: self._weight(name) for name in self.choice.chosen})
         self.total_steps = total_steps
-        self.solver: Solver = solver
         self.step = 0
-        self.flip_rates: list[tuple[int, float]] = []
+        self.telemetry: list[Refresh] = []
         masks = {name: self._solve(name) for name in self.choice.chosen}  # all of them, before the model changes
+        leak = self.leak if self.recipe.leaks else None
+        soft = self.pattern if self.recipe.soft_threshold else None
         self._layers: dict[str, SparseLayer] = {
-            name: make_sparse(model.get_submodule(name), mask) for name, mask in masks.items()
+            name: make_sparse(model.get_submodule(name), mask, leak=leak, soft=soft) for name, mask in masks.items()
         }
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -103,22 +121,47 @@ class Sparsifier:
             *(layer.register_forward_pre_hook(_do_nothing) for layer in self._layers.values()),
         ]
 
+    @property
+    def leak(self) -> float:
+        """What pruned weights count in the next forward pass: 0 is masked, 1 is dense."""
+        return self.recipe.leak(self.step, self.total_steps)
+
+    def _weight(self, name: str) -> nn.Parameter:
+        return self.model.get_submodule(name).get_parameter("weight")
+
     def _solve(self, name: str) -> Tensor:
         try:
-            return solve(self.model.get_submodule(name).get_parameter("weight"), self.pattern, self.solver)
+            return solve(self._weight(name), self.pattern, self.recipe.solver)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
 
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Pull now, or where the gradient is computed inside the step, by a closure, after that."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._pull(optimizer)
+            return None
+
+        def pulled() -> Any:
+            loss = closure()
+            self._pull(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": pulled}
+
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _pull(self, optimizer: Optimizer) -> None:
         """Pull pruned weights to zero, on the gradient: after clipping, before momentum."""
-        if self.recipe.decay == 0.0:
+        strength = self.recipe.decay * (1.0 - self.leak)
+        if strength == 0.0:
             return
         # A loss scaler leaves the unscaling of gradients to a fused optimizer, and hands it the scale like this.
         scale = getattr(optimizer, "grad_scale", None)
         for layer in self._layers.values():
             if layer.weight.grad is not None:
-                pull = self.recipe.decay * layer.weight * ~layer.mask
+                pull = strength * layer.weight * ~layer.mask
                 layer.weight.grad.add_(pull if scale is None else pull * scale)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -126,41 +169,60 @@ class Sparsifier:
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and float(overflow) > 0:
             return
+        before = self.leak
         self.step += 1
+        if self.leak != before:
+            self._write_leak()
         if self.recipe.refreshes(self.step, self.total_steps):
             self.refresh()
 
+    def _write_leak(self) -> None:
+        for layer in self._layers.values():
+            if layer.leak is not None:
+                layer.leak.fill_(self.leak)
+
     @torch.no_grad()
-    def refresh(self) -> float:
+    def refresh(self) -> Refresh:
         """Recompute every mask from the weights as they are.
 
         Returns:
-            The flip rate: fraction of mask entries that changed.
+            What changed, which `telemetry` keeps.
         """
-        flipped = total = 0
+        watch = Stopwatch(layer.weight.device for layer in self._layers.values())
+        changes = []
         for name, layer in self._layers.items():
             mask = self._solve(name)
-            flipped += int((mask != layer.mask).sum())
-            total += mask.numel()
+            changes.append(compare(layer.weight, layer.mask, mask))
             layer.mask.copy_(mask)
-        self.flip_rates.append((self.step, flipped / total))
-        return flipped / total
+        self.telemetry.append(Refresh.of(self.step, changes, watch))
+        return self.telemetry[-1]
 
     def masks(self) -> dict[str, Tensor]:
-        """Layer name -> bool mask of the weight's shape (not copies)."""
+        """Layer name -> bool mask of the weight's shape (not copies), as of the last update."""
         return {name: layer.mask for name, layer in self._layers.items()}
 
+    def buffers(self) -> dict[str, Tensor]:
+        """All that the Sparsifier added to the model's `state_dict`, by its name there (not copies)."""
+        return {
+            f"{name}.{buffer}".removeprefix("."): tensor
+            for name, layer in self._layers.items()
+            for buffer, tensor in layer.named_buffers(recurse=False)
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """Counters and telemetry, JSON-able. The masks are in the model's own state."""
-        return {"step": self.step, "flip_rates": list(self.flip_rates)}
+        """Counters and telemetry, JSON-able. Masks and other buffers are in the model's own state."""
+        return {"step": self.step, "telemetry": [asdict(refresh) for refresh in self.telemetry]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo `state_dict`."""
         self.step = int(state["step"])
-        self.flip_rates = [(int(step), float(rate)) for step, rate in state["flip_rates"]]
+        self.telemetry = [Refresh(**refresh) for refresh in state["telemetry"]]
+        self._write_leak()
 
     def finalize(self) -> tuple[list[LayerReport], dict[str, Tensor]]:
-        """Write the zeros, verify W and W^T of every layer, and give the plain model back.
+        """Write what layers multiply with into their weights, verify W and W^T, and give the plain model back.
+
+        A recipe that ends dense writes no zeros: its layers count as skipped, without a pattern and without a mask.
 
         Returns:
             A row for every prunable layer, chosen or skipped, and the masks by layer name.
@@ -173,10 +235,43 @@ class Sparsifier:
             raise RuntimeError("finalize() was called before: the model is plain and its zeros are written")
         for hook in self._hooks:
             hook.remove()
-        kept = {name: kept_magnitude(layer.weight, layer.mask) for name, layer in self._layers.items()}
-        masks = {name: make_plain(layer) for name, layer in self._layers.items()}
-        self._layers = {}
-        return report_layers(self.model, self.pattern, kept, self.choice.skipped), masks
+        layers, self._layers = self._layers, {}
+        dense = dict.fromkeys(layers, f"recipe {self.recipe.name} ends dense") if self.recipe.ends_dense else {}
+        if not dense:
+            self._close_the_leak(layers)
+        kept = {name: kept_magnitude(layer.weight, used_weight(layer) != 0) for name, layer in layers.items()}
+        masks = {name: make_plain(layer) for name, layer in layers.items()}
+        if dense:
+            kept, masks = {}, {}
+        return report_layers(self.model, self.pattern, kept, self.choice.skipped | dense), masks
+
+    def _close_the_leak(self, layers: Mapping[str, SparseLayer]) -> None:
+        if self.leak > 0:
+            warnings.warn(
+                f"finalize() after step {self.step} of {self.total_steps}, while pruned weights still count "
+                f"{self.leak:.0%}: they become zero now, which changes what the model computes; "
+                "train on, or give the total_steps that are really taken",
+                stacklevel=3,
+            )
+        for layer in layers.values():
+            if layer.leak is not None:
+                layer.leak.zero_()
+
+
+def _check_holds(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
+    """Refuse an optimizer that does not step a weight that learns.
+
+    Raises:
+        OptimizerMismatchError: names the layers.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, weight in weights.items() if weight.requires_grad and id(weight) not in held]
+    if missing:
+        raise OptimizerMismatchError(
+            f"the optimizer does not hold the weights of {', '.join(missing)} ({len(missing)} of {len(weights)} chosen "
+            "layers): it was made for other parameters, or before something replaced them. Make it from this model's "
+            "parameters, freeze these layers (requires_grad_(False)), or exclude them: Selection(exclude=...)"
+        )
 
 
 def _do_nothing(*_: Any) -> None:

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tnm_pipeline.pipeline.config import Config, ConvertSection, load_config
+from tnm_pipeline.pipeline.config import Config, ConvertSection, TrainSection, load_config
 from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.training.pattern import PatternError
+from tnm_pipeline.training.recipes import RECIPES
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 VALUES = st.recursive(
@@ -99,6 +100,9 @@ def test_what_is_valid_survives_being_written_down(tmp_path: Path, tree: dict[st
         ("convert.workers=0", "convert.workers = 0"),
         ("convert.patterns=['2:4', ' 2:4']", "name each one once"),
         ("calibration.args={size = 64}", "args belong to a source: set calibration.source too"),
+        ("train.recipe=magic", "train.recipe = 'magic'"),
+        ("train.recipe=dense-tail", "dense-tail ends dense, .*: choose one of static, dynamic, paper, gradual, s-ste;"),
+        ("train.recipe=s-ste", "s-ste is forward only.* 2:4-T asks for both directions; take the recipe dynamic, or"),
     ],
 )
 def test_what_is_not_valid_is_named_by_its_place(override: str, said: str) -> None:
@@ -126,6 +130,23 @@ def test_the_choices_are_those_of_the_conversion() -> None:
     methods, ways = (ConvertSection.model_fields[name].annotation for name in ("method", "choose"))
     assert get_args(methods) == tuple(METHODS)
     assert get_args(ways) == get_args(Choose)
+
+
+def test_the_choices_are_the_recipes() -> None:
+    assert set(get_args(TrainSection.model_fields["recipe"].annotation)) == set(RECIPES)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.recipe=s-ste", "sparsity.pattern=2:4"],
+        ["train.recipe=s-ste", "run.routes=['convert']"],
+        ["train.recipe=dense-tail", "export.checkpoint=given.safetensors"],
+        ["train.recipe=gradual"],
+    ],
+)
+def test_a_recipe_is_only_refused_where_it_would_be_used(overrides: list[str]) -> None:
+    assert load_config(None, overrides).train.recipe in overrides[0]
 
 
 def test_a_conversion_chooses_from_its_own_patterns_if_it_has_any() -> None:

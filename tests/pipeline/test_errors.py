@@ -13,7 +13,12 @@ from tnm_pipeline.pipeline.errors import ExitCode, exit_code, explain
 
 # SessionClosed: a caller used a session after closing it, which no command does.
 # DataflowError: a model whose dataflow cannot be followed is converted without knowing it.
-BUGS = {"tnm_pipeline.engines.errors.SessionClosed", "tnm_pipeline.training.convert.tracing.DataflowError"}
+# OptimizerMismatchError: every command makes the optimizer from the model itself.
+BUGS = {
+    "tnm_pipeline.engines.errors.SessionClosed",
+    "tnm_pipeline.training.convert.tracing.DataflowError",
+    "tnm_pipeline.training.sparsify.OptimizerMismatchError",
+}
 
 
 def named_errors() -> Iterator[type[Exception]]:

@@ -51,6 +51,13 @@ def test_a_setting_reaches_the_stages_that_read_it(override: str, expected: set[
     assert changed(override) == expected
 
 
+@pytest.mark.parametrize(
+    ("recipe", "starts_from_dense"), [("static", True), ("gradual", True), ("dynamic", False), ("paper", False)]
+)
+def test_some_recipes_start_from_the_dense_weights(recipe: str, starts_from_dense: bool) -> None:
+    assert ("dense" in stages(f"train.recipe={recipe}")["train"].inputs) is starts_from_dense
+
+
 def test_the_folder_is_no_setting() -> None:
     here, there = stages(), stages(folder=Path("elsewhere"))
     for name, stage in here.items():

@@ -29,7 +29,10 @@ from tnm_pipeline.training.sources import Splits, digits, digits_cnn, digits_mlp
 
 # 230 samples: 7 steps an epoch, 6 samples left out of each; 28 steps in all; masks change at 3, 6, 9, ... 18
 CONFIG = FitConfig(epochs=4, batch_size=32, save_every=5)
-DYNAMIC = SparseTraining(Pattern(2, 4, transposable=True), Recipe("mine", 3, decay=5e-3, freeze_at=0.7, lr_scale=2.0))
+BOTH_WAYS = Pattern(2, 4, transposable=True)
+DYNAMIC = SparseTraining(BOTH_WAYS, Recipe("mine", 3, decay=5e-3, freeze_at=0.7, lr_scale=2.0))
+FADING = SparseTraining(BOTH_WAYS, Recipe("mine", 3, decay=2e-3, freeze_at=0.7, ramp=(0.1, 0.6), dense_from=0.9))
+SOFT = SparseTraining(Pattern(2, 4), Recipe("mine", 3, freeze_at=0.7, soft_threshold=True))
 
 
 def few() -> Splits:
@@ -78,7 +81,7 @@ def run(sparsity: SparseTraining | None, state: Path | None = None, stop_at: int
     return Outcome(result, model.state_dict())
 
 
-@pytest.fixture(scope="module", params=[None, DYNAMIC], ids=["dense", "dynamic"])
+@pytest.fixture(scope="module", params=[None, DYNAMIC, FADING, SOFT], ids=["dense", "dynamic", "fading", "soft"])
 def sparsity(request: pytest.FixtureRequest) -> SparseTraining | None:
     chosen: SparseTraining | None = request.param
     return chosen
@@ -147,23 +150,28 @@ def test_curves_and_steps(uninterrupted: Outcome, sparsity: SparseTraining | Non
     assert [step for step, _ in history.loss] == [step for step, _ in history.accuracy] == [7, 14, 21, 28]
     assert history.loss[-1][1] < history.loss[0][1]
     assert [step for step, _ in history.flip_rate] == ([3, 6, 9, 12, 15, 18] if sparsity else [])
-    assert [row.pattern for row in uninterrupted.result.layers] == ([None, "2:4-T", None] if sparsity else [])
+    sparse = [] if sparsity is None or sparsity.recipe.ends_dense else [str(sparsity.pattern)]
+    assert [row.pattern for row in uninterrupted.result.layers if row.pattern] == sparse
+    assert len(uninterrupted.result.layers) == (3 if sparsity else 0)
 
 
 @pytest.mark.parametrize(
     ("build", "recipe"),
-    [(digits_mlp, None), (digits_mlp, "static"), (digits_mlp, "dynamic"), (digits_cnn, "dynamic")],
+    [(digits_mlp, None), *((digits_mlp, recipe) for recipe in RECIPES), (digits_cnn, "dynamic")],
 )
 def test_digits_are_learned(build: Callable[[], nn.Module], recipe: str | None) -> None:
     torch.manual_seed(0)
     model = build()
-    pattern = Pattern(2, 4, transposable=True)
+    pattern = SOFT.pattern if recipe == "s-ste" else BOTH_WAYS
     result = fit(
         model, digits(), FitConfig(epochs=5), sparsity=SparseTraining(pattern, RECIPES[recipe]) if recipe else None
     )
     assert result.accuracy > 0.7  # chance is 0.1
     assert not model.training
     assert evaluate(model, digits().test) == result.accuracy
+    ends_dense = recipe is not None and RECIPES[recipe].ends_dense
+    assert [row.violations for row in result.layers if row.pattern] == [0] * len(result.masks)
+    assert bool(result.masks) == (recipe is not None and not ends_dense)
     assert all(type(module).__module__.startswith("torch.nn") for module in model.modules())
 
 
