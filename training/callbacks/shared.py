@@ -1,48 +1,119 @@
-"""What the callbacks have in common: going on with saved masks, and the learning rate that a recipe asks for."""
+"""What the callbacks have in common: a training that begins, goes on from a checkpoint, and ends plain."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tnm_pipeline.training.checkpoint import CheckpointError
-from tnm_pipeline.training.sparsify import Sparsifier
+from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.recipes import Recipe, recipe_named
+from tnm_pipeline.training.selection import Selection
+from tnm_pipeline.training.sparsify import LayerReport, Sparsifier
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds besides the plain model.
+
+    Attributes:
+        buffers: of `Sparsifier.buffers()`.
+        state: of `Sparsifier.state_dict()`.
+        place: where they come from, for messages.
+    """
+
+    buffers: Mapping[str, Tensor]
+    state: dict[str, Any]
+    place: str
+
+
+class Sparsifying:
+    """Trains a Trainer's model with masks, from the start of training to its end.
+
+    Attributes:
+        sparsifier: while training runs, and after it; `None` before.
+        report: a row for every prunable layer, once training is through.
+        masks: layer name -> bool mask, once training is through.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern | str,
+        recipe: Recipe | str = "dynamic",
+        *,
+        selection: Selection | None = None,
+        scale_lr: bool = True,
+    ) -> None:
+        """Prepare; the model changes when training starts.
+
+        Args:
+            pattern: `Pattern` or its text form.
+            recipe: `Recipe` or the name of one.
+            selection: which layers; default: all but the last.
+            scale_lr: multiply the learning rate by what the recipe asks for: the Trainer's is then that of dense
+                training.
+
+        Raises:
+            PatternError, RecipeError: the text form is wrong, or there is no such recipe.
+        """
+        self.pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+        self.recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+        self.selection = selection
+        self.scale_lr = scale_lr
+        self.sparsifier: Sparsifier | None = None
+        self.report: list[LayerReport] = []
+        self.masks: dict[str, Tensor] = {}
+
+    def begin(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedulers: Sequence[Any],
+        total_steps: int | None,
+        saved: Saved | None,
+    ) -> None:
+        """Swap the layers.
+
+        Args:
+            model: plain.
+            optimizer: of its parameters.
+            schedulers: that steer the optimizer's rate.
+            total_steps: of the whole training; `None` = not known.
+            saved: of the checkpoint that training goes on from; `None` at the start.
+
+        Raises:
+            CheckpointError: what was saved is of other layers.
+        """
+        self.sparsifier = Sparsifier(
+            model, optimizer, self.pattern, self.recipe, selection=self.selection, total_steps=total_steps
+        )
+        if saved is not None:
+            _go_on(self.sparsifier, saved)
+        elif self.scale_lr:
+            _scale_rate(optimizer, schedulers, self.recipe.lr_scale)
+
+    def end(self) -> None:
+        """Write the zeros, verify them, and give the plain layers back."""
+        assert self.sparsifier is not None
+        self.report, self.masks = self.sparsifier.finalize()
 
 
 @torch.no_grad()
-def go_on(sparsifier: Sparsifier, buffers: Mapping[str, Tensor], state: dict[str, Any], place: str) -> None:
-    """Put a training's masks and counters into a fresh Sparsifier.
-
-    Args:
-        sparsifier: just made.
-        buffers: that `Sparsifier.buffers()` gave.
-        state: that `Sparsifier.state_dict()` gave with them.
-        place: where they come from, for the message.
-
-    Raises:
-        CheckpointError: they are of other layers.
-    """
+def _go_on(sparsifier: Sparsifier, saved: Saved) -> None:
     own = sparsifier.buffers()
-    if {name: tensor.shape for name, tensor in own.items()} != {name: part.shape for name, part in buffers.items()}:
+    if {name: part.shape for name, part in own.items()} != {name: part.shape for name, part in saved.buffers.items()}:
         raise CheckpointError(
-            f"{place} has masks and scales of {len(buffers)} tensors, this training of {len(own)}, or their shapes "
-            "differ: go on with the same model, pattern, recipe and selection"
+            f"{saved.place} has masks and scales of {len(saved.buffers)} tensors, this training of {len(own)}, or "
+            "their shapes differ: go on with the same model, pattern, recipe and selection"
         )
     for name, tensor in own.items():
-        tensor.copy_(buffers[name])
-    sparsifier.load_state_dict(state)
+        tensor.copy_(saved.buffers[name])
+    sparsifier.load_state_dict(saved.state)
 
 
-def scale_rate(optimizer: Optimizer, schedulers: Sequence[Any], factor: float) -> None:
-    """Multiply the rate of every group, now and in the schedules that are under way.
-
-    Args:
-        optimizer: its groups change.
-        schedulers: those of torch.optim.lr_scheduler that steer it, at their start.
-        factor: positive.
-    """
+def _scale_rate(optimizer: Optimizer, schedulers: Sequence[Any], factor: float) -> None:
+    """Multiply the rate of every group, now and in the schedules that are at their start."""
     for group in optimizer.param_groups:
         group["lr"] *= factor
         if "initial_lr" in group:

@@ -43,10 +43,6 @@ class ExactSum:
         for total, part in zip(*parts, strict=True):
             total += part.to(torch.float64, copy=True).mul_(unit).round_().to(torch.int64)
 
-    def merge(self, other: "ExactSum") -> None:
-        """Add what another sum of the same bound holds."""
-        self._total += other._total
-
     def total(self, group: Group) -> Tensor:
         """The sum over all processes of the group: float64."""
         return group.add(self._total).double().mul_(2.0**-self._exponent)

@@ -111,13 +111,14 @@ def test_the_rate_is_what_the_recipe_asks_for(tmp_path: Path) -> None:
     assert rates[-1] == pytest.approx(0.01 / 24)
 
 
-def test_a_resumed_training_ends_with_the_same_bits(tmp_path: Path) -> None:
-    whole = SparsifierCallback("2:4-T", RECIPE)
+@pytest.mark.parametrize(("pattern", "recipe"), [("2:4-T", RECIPE), ("2:4", "s-ste"), ("2:4-T", "gradual")])
+def test_a_resumed_training_ends_with_the_same_bits(tmp_path: Path, pattern: str, recipe: Recipe | str) -> None:
+    whole = SparsifierCallback(pattern, recipe)
     straight = trainer(tmp_path / "straight", whole)
     straight.train()
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path / "cut", SparsifierCallback("2:4-T", RECIPE), StopAfter(13)).train()
-    again = SparsifierCallback("2:4-T", RECIPE)
+        trainer(tmp_path / "cut", SparsifierCallback(pattern, recipe), StopAfter(13)).train()
+    again = SparsifierCallback(pattern, recipe)
     resumed = trainer(tmp_path / "cut", again)
     resumed.train(resume_from_checkpoint=True)
     assert straight.model is not None

@@ -97,13 +97,14 @@ def test_the_module_ends_plain_with_its_zeros_written(tmp_path: Path) -> None:
     assert module.rates == pytest.approx([0.02 * (1 - step / STEPS) for step in range(STEPS)])
 
 
-def test_a_resumed_fit_ends_with_the_same_bits(tmp_path: Path) -> None:
-    whole, straight = SparsifierCallback("2:4-T", RECIPE), Classifier()
+@pytest.mark.parametrize(("pattern", "recipe"), [("2:4-T", RECIPE), ("2:4", "s-ste"), ("2:4-T", "gradual")])
+def test_a_resumed_fit_ends_with_the_same_bits(tmp_path: Path, pattern: str, recipe: Recipe | str) -> None:
+    whole, straight = SparsifierCallback(pattern, recipe), Classifier()
     trainer(tmp_path / "straight", whole).fit(straight, loader())
-    cut = trainer(tmp_path / "cut", SparsifierCallback("2:4-T", RECIPE), StopAfter(13))
+    cut = trainer(tmp_path / "cut", SparsifierCallback(pattern, recipe), StopAfter(13))
     with pytest.raises(RuntimeError, match="killed"):
         cut.fit(Classifier(), loader())
-    again, resumed = SparsifierCallback("2:4-T", RECIPE), Classifier()
+    again, resumed = SparsifierCallback(pattern, recipe), Classifier()
     trainer(tmp_path / "cut", again).fit(resumed, loader(), ckpt_path=tmp_path / "cut" / "step=12.ckpt")
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name

@@ -44,19 +44,6 @@ def test_any_order_gives_the_same_bits() -> None:
     assert orders_that_differ > 0
 
 
-@pytest.mark.parametrize("parts", [2, 3, 7])
-def test_merged_parts_give_the_same_bits(parts: int) -> None:
-    some = terms()
-    bound = bound_of(some)
-    whole = ExactSum((3, 4), bound, CPU)
-    for start in range(parts):
-        part = ExactSum((3, 4), bound, CPU)
-        for term in some[start::parts]:
-            part.add(term)
-        whole.merge(part)
-    assert torch.equal(whole.total(Group()), total(some, bound))
-
-
 @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e6, 1e30])
 @pytest.mark.parametrize("slack", [1, 1000])
 def test_total_is_as_exact_as_float64(scale: float, slack: int) -> None:
