@@ -138,7 +138,8 @@ class Collector:
         # every process must come to the same decision, and convolutions of other strides cut other rows
         shared = self._group.largest(float(not same), layer.weight.device) == 0 and isinstance(layer, nn.Linear)
         if not shared or self._grams is None:
-            self._grams, self._lags = self._sum_grams(name, layer, seen), None
+            self._grams = self._lags = None  # before the new ones need memory
+            self._grams = self._sum_grams(name, layer, seen)
             self._read = [weakref.ref(x) for x in read]
         return self._grams
 

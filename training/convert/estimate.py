@@ -12,10 +12,9 @@ from torch import Tensor
 from tnm_pipeline.training.convert.admm import admm
 from tnm_pipeline.training.convert.damping import TRIED, Halves, Trial
 from tnm_pipeline.training.convert.group import Group
-from tnm_pipeline.training.convert.layer import ROWS_AT_ONCE
 from tnm_pipeline.training.convert.meter import Repair
 from tnm_pipeline.training.convert.objective import Objective
-from tnm_pipeline.training.convert.problem import Problem
+from tnm_pipeline.training.convert.problem import Problem, pieces
 from tnm_pipeline.training.pattern import Pattern
 
 
@@ -41,7 +40,9 @@ def estimate_fitted(
     group: Group,
     halves: Halves | None = None,
 ) -> Estimate:
-    """The error that the default method's weights make on other samples than those that they are fitted to.
+    """The error that ADMM's weights make on other samples than those that they are fitted to.
+
+    A conversion by another method makes more.
 
     The other samples matter: where a layer's inputs are many and the examples few, the error that a fit leaves on its
     own samples is half of what it makes elsewhere.
@@ -58,7 +59,7 @@ def estimate_fitted(
     shifts, old = repair != "nothing", weight.double()
     choose = None if halves is None else Trial(halves, old[:TRIED], pattern, "exact", centred=shifts).best
     problem = Problem(fitted.centred() if shifts else fitted, old, pattern, choose_damping=choose)
-    parts = [problem.rows(slice(start, start + ROWS_AT_ONCE)) for start in range(0, len(weight), ROWS_AT_ONCE)]
+    parts = [problem.rows(part) for part in pieces(len(weight), pattern)]
     return estimate_weight(tested, torch.cat([one.weight for one in group.each(admm, parts)]), repair)
 
 

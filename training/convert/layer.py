@@ -14,7 +14,7 @@ from tnm_pipeline.training.convert.bias import best_shift, shift_of
 from tnm_pipeline.training.convert.damping import TRIED, Halves, Trial
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.objective import Objective
-from tnm_pipeline.training.convert.problem import Method, Problem, Solution
+from tnm_pipeline.training.convert.problem import Method, Problem, Solution, pieces
 from tnm_pipeline.training.convert.result import ConvertedLayer
 from tnm_pipeline.training.layout import from_gemm, to_gemm
 from tnm_pipeline.training.masks import Solver, count_violations, kept_magnitude, solve
@@ -22,7 +22,6 @@ from tnm_pipeline.training.pattern import Pattern
 
 Layer = nn.Linear | nn.Conv2d
 
-ROWS_AT_ONCE = 128  # whole blocks for every M up to 32; a piece of work for one worker
 # What the new weights answer for: half the dense model's inputs, half those that the converted model gives. With the
 # latter alone a layer learns to repair few samples of its predecessors' errors; with the former alone, none.
 OWN_SHARE = 0.5
@@ -108,8 +107,7 @@ def convert_layer(
 
 def _solve(problem: Problem, method: Method, group: Group) -> Solution:
     """Share the rows out in pieces that do not depend on the number of workers, and put the solution together."""
-    starts = range(0, len(problem.weight), ROWS_AT_ONCE)
-    parts = [problem.rows(slice(start, start + ROWS_AT_ONCE)) for start in starts]
+    parts = [problem.rows(part) for part in pieces(len(problem.weight), problem.pattern)]
     mine = list(group.mine(len(parts)))
     solved = dict(zip(mine, group.each(lambda index: method(parts[index]), mine), strict=True))
 

@@ -80,11 +80,13 @@ def refit(
 
 
 def dampings(first: float, objective: Objective) -> Iterator[float]:
-    """What to try on a layer, one after the other: each ten times the one before; none if the diagonal is negative."""
-    relative = first
-    while objective.mean_diagonal > 0 and relative <= max(first, _MOST_DAMPING):
+    """What to try on a layer: ten times as much after each failure, up to 1; nothing if the diagonal is negative."""
+    relative, last = first, max(first, _MOST_DAMPING)
+    while objective.mean_diagonal > 0:
         yield relative
-        relative *= 10
+        if relative >= last:
+            return
+        relative = min(10 * relative, last)
 
 
 def factor_rows(objective: Objective, weight: Tensor, mask: Tensor, ridge: float) -> Tensor | None:

@@ -129,7 +129,16 @@ def after_later_layers(measured: Mapping[str, Sensitivity], order: Sequence[str]
     Args:
         measured: by `measure_sensitivity`, one layer at a time.
         order: of execution.
+
+    Raises:
+        CalibrationError: a layer has no sensitivity.
     """
+    missing = [name for name in order if name not in measured]
+    if missing:
+        raise CalibrationError(
+            f"layer {missing[0]} does not run on the examples of calibration that sensitivities are measured on: leave "
+            "it out, or give it data"
+        )
     last = len(order) - 1
     return {name: replace(measured[name], remaining=(1 - ABSORBED) ** (last - at)) for at, name in enumerate(order)}
 

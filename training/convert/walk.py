@@ -83,6 +83,7 @@ class Walk:
                     with self._failing(f"layer {stop}", len(layers)):
                         dense.leave(stop)  # its inputs are not needed again: memory for what follows
                     record = self._convert(stop, *objectives, collector.halves(TRIED), masks)
+                    del objectives
                 if stop not in self.schedule.norms:
                     layers.append(ConvertedLayer.from_dict(record))
                     if self.on_layer is not None:

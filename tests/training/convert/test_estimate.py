@@ -7,7 +7,6 @@ from torch import Tensor
 from tnm_pipeline.training.convert.admm import admm
 from tnm_pipeline.training.convert.estimate import estimate_fitted, estimate_weight
 from tnm_pipeline.training.convert.group import Group
-from tnm_pipeline.training.convert.layer import ROWS_AT_ONCE
 from tnm_pipeline.training.convert.meter import Repair
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.problem import Problem
@@ -36,7 +35,7 @@ def test_what_is_fitted_to_some_samples_is_tested_on_others() -> None:
 
 
 def test_rows_that_workers_share_are_fitted_as_one() -> None:
-    inputs, base = drawn(50, 8).double(), drawn(2 * ROWS_AT_ONCE + 4, 8, seed=1).double()
+    inputs, base = drawn(50, 8).double(), drawn(2 * 128 + 4, 8, seed=1).double()
     objective = Objective.of(inputs, inputs @ base.T, base)
     one, several = (
         estimate_fitted(

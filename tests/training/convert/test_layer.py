@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests.training.convert.networks import violations
 from tnm_pipeline.training.convert.collect import Collector, Seen
 from tnm_pipeline.training.convert.group import Group
-from tnm_pipeline.training.convert.layer import ROWS_AT_ONCE, convert_layer
+from tnm_pipeline.training.convert.layer import convert_layer
 from tnm_pipeline.training.convert.methods import METHODS
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.problem import Problem, Solution
@@ -118,7 +118,7 @@ def test_a_bias_is_found_even_where_the_dense_layer_has_none() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
 def test_workers_share_the_rows_and_change_no_bit(method: str) -> None:
-    outputs = 2 * ROWS_AT_ONCE + 20
+    outputs = 2 * 128 + 20
     dense = linear(outputs)
     text = "2:4" if method == "sparsegpt" else "2:4-T"
     found = []
@@ -184,3 +184,27 @@ def test_a_report_survives_json() -> None:
     report, _ = converted(linear(), linear())
     lists = {name: list(value) if isinstance(value, tuple) else value for name, value in report.to_dict().items()}
     assert ConvertedLayer.from_dict(lists) == report
+
+
+@pytest.mark.parametrize("text", ["3:6-T", "6:12-T", "2:4-T"])
+@torch.no_grad()
+def test_pieces_are_whole_blocks_of_any_pattern(text: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer, x = nn.Linear(24, 252), torch.randn(300, 24, generator=generator)
+    dense = copy.deepcopy(layer)
+    sums = Collector(Group(), sequential=False).collect("some", dense, [Seen([x], [x])])
+    report, _ = convert_layer(
+        "some",
+        layer,
+        dense,
+        *sums,
+        halves=None,
+        pattern=Pattern.parse(text),
+        method=METHODS["admm"],
+        solver="exact",
+        group=Group(),
+        normed=False,
+    )
+    assert report.violations == 0
