@@ -186,7 +186,7 @@ RECIPES = {
             from_dense=True,
             summary="from dense weights, pruned ones fade out between 10% and 50%; 2:4-T both ways",
         ),
-        # Hu et al. 2024, section 4.4. The pull of `dynamic` ends with the masks.
+        # Hu et al. 2024, section 4.4. The pull goes on after masks freeze and ends as the tail begins.
         Recipe(
             "dense-tail",
             refresh_every=40,

@@ -222,7 +222,7 @@ class Sparsifier:
     def finalize(self) -> tuple[list[LayerReport], dict[str, Tensor]]:
         """Write what layers multiply with into their weights, verify W and W^T, and give the plain model back.
 
-        A recipe that ends dense writes no zeros: its layers count as skipped, without a pattern and without a mask.
+        A recipe that ended dense writes no zeros: its layers count as skipped, without a pattern and without a mask.
 
         Returns:
             A row for every prunable layer, chosen or skipped, and the masks by layer name.
@@ -236,8 +236,10 @@ class Sparsifier:
         for hook in self._hooks:
             hook.remove()
         layers, self._layers = self._layers, {}
-        dense = dict.fromkeys(layers, f"recipe {self.recipe.name} ends dense") if self.recipe.ends_dense else {}
-        if not dense:
+        dense = {}
+        if self.recipe.ends_dense and _leak_of(layers) == 1.0:
+            dense = dict.fromkeys(layers, f"recipe {self.recipe.name} ends dense")
+        else:
             self._close_the_leak(layers)
         kept = {name: kept_magnitude(layer.weight, used_weight(layer) != 0) for name, layer in layers.items()}
         masks = {name: make_plain(layer) for name, layer in layers.items()}
@@ -246,16 +248,26 @@ class Sparsifier:
         return report_layers(self.model, self.pattern, kept, self.choice.skipped | dense), masks
 
     def _close_the_leak(self, layers: Mapping[str, SparseLayer]) -> None:
-        if self.leak > 0:
+        leak = _leak_of(layers)  # of the weights that are there, which may be those of an earlier step
+        if leak > 0:
             warnings.warn(
                 f"finalize() after step {self.step} of {self.total_steps}, while pruned weights still count "
-                f"{self.leak:.0%}: they become zero now, which changes what the model computes; "
-                "train on, or give the total_steps that are really taken",
+                f"{leak:.0%}: they become zero now, which changes what the model computes; train on, or give the "
+                "total_steps that are really taken, or keep the weights of the end rather than earlier ones",
+                stacklevel=3,
+            )
+        if self.recipe.ends_dense:
+            warnings.warn(
+                f"finalize() before the dense tail of recipe {self.recipe.name}: the model stays sparse",
                 stacklevel=3,
             )
         for layer in layers.values():
             if layer.leak is not None:
                 layer.leak.zero_()
+
+
+def _leak_of(layers: Mapping[str, SparseLayer]) -> float:
+    return max((float(layer.leak) for layer in layers.values() if layer.leak is not None), default=0.0)
 
 
 def _check_holds(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -> None:

@@ -22,8 +22,8 @@ class LayerRow:
         kept_magnitude: sum of kept abs(w) over sum of abs(w), in [0, 1].
         violations: groups of W that break the pattern; None for a dense layer.
         violations_transposed: groups of W^T that break it; None for a dense layer, or where nobody counted.
-        predicted_error: relative output error that the plan of a conversion foretold, of the masked weight on the dense
-            model's inputs; None where nothing was predicted.
+        predicted_error: relative output error that the plan of a conversion foretold: of fitted weights, on the dense
+            model's inputs of batches that they were not fitted to; None where nothing was predicted.
         error_masked: relative output error of the masked weight inside the converted model; conversions only.
         error_own: relative output error of the weight that the conversion solved for, on the dense model's inputs.
         error: the same inside the converted model, where the layers before it err too.

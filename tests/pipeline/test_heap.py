@@ -1,11 +1,13 @@
 """Threads share one heap once that is asked for."""
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 
+_SETTINGS = ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
 _COUNT = """
 import ctypes, threading
 from tnm_pipeline.pipeline.heap import share_heap
@@ -24,9 +26,10 @@ libc.fflush(None)
 """
 
 
-def heaps(share: bool) -> int:
+def heaps(share: bool, **settings: str) -> int:
+    environment = {name: value for name, value in os.environ.items() if name not in _SETTINGS} | settings
     done = subprocess.run(
-        [sys.executable, "-c", _COUNT.format(share=share)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _COUNT.format(share=share)], capture_output=True, text=True, check=True, env=environment
     )
     return done.stdout.count("<heap nr=")
 
@@ -35,3 +38,4 @@ def heaps(share: bool) -> int:
 def test_threads_share_one_heap() -> None:
     assert heaps(share=False) > 1
     assert heaps(share=True) == 1
+    assert heaps(share=True, MALLOC_ARENA_MAX="8") > 1  # the user knows better

@@ -540,3 +540,20 @@ def test_a_gradient_that_a_closure_computes_is_pulled_too() -> None:
                 optimizer.step()
         found.append([parameter.detach().clone() for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_what_the_weights_hold_decides_whether_a_training_ended_dense() -> None:
+    """As when the best weights of a training are loaded before its end, which came before the dense tail."""
+    model = small_net()
+    optimizer = sgd(model)
+    sparsifier = Sparsifier(model, optimizer, "2:4", "dense-tail", total_steps=12)
+    train(model, optimizer, 3)
+    best = copy.deepcopy(model.state_dict())
+    train(model, optimizer, 9)
+    model.load_state_dict(best)
+    with pytest.warns(UserWarning, match="before the dense tail"):
+        rows, masks = sparsifier.finalize()
+    assert [row.pattern for row in rows] == ["2:4", "2:4", None]
+    assert all(
+        torch.equal(model.get_submodule(name).get_parameter("weight") != 0, mask) for name, mask in masks.items()
+    )

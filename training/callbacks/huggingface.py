@@ -9,9 +9,12 @@ trainer.save_model(folder)    # plain layers, zeros written
 """
 
 import json
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
@@ -25,7 +28,7 @@ from tnm_pipeline.training.checkpoint import CheckpointError
 from tnm_pipeline.training.sparsify import Sparsifier
 
 MASKS = "sparsifier.safetensors"  # in every checkpoint folder of the Trainer
-_STATE = "tnm_pipeline.sparsifier"
+_STATE, _WEIGHTS = "tnm_pipeline.sparsifier", "tnm_pipeline.weights"
 
 
 class SparsifierCallback(Sparsifying, TrainerCallback):  # type: ignore[misc]  # untyped in transformers
@@ -53,7 +56,7 @@ class SparsifierCallback(Sparsifying, TrainerCallback):  # type: ignore[misc]  #
         if state.global_step:
             resumed = args.resume_from_checkpoint
             folder = Path(resumed) if isinstance(resumed, str) else _folder(args, state)
-            saved = _read(folder / MASKS)
+            saved = _read(folder / MASKS, model)
         self.begin(model, bare, [scheduler], state.max_steps, saved)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -74,17 +77,43 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 def _write(sparsifier: Sparsifier, path: Path) -> None:
     tensors = {name: tensor.detach().cpu() for name, tensor in sparsifier.buffers().items()}
-    write_atomically(path, serialize(tensors, metadata={_STATE: json.dumps(sparsifier.state_dict())}))
+    metadata = {_STATE: json.dumps(sparsifier.state_dict()), _WEIGHTS: _digest(sparsifier.model, sparsifier.masks())}
+    write_atomically(path, serialize(tensors, metadata=metadata))
 
 
-def _read(path: Path) -> Saved:
+def _digest(model: nn.Module, layers: Iterable[str]) -> str:
+    """Of the weights that the masks belong to."""
+    digest = sha256()
+    for name in sorted(layers):
+        weight = model.get_submodule(name).get_parameter("weight").detach().cpu().contiguous()
+        digest.update(weight.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path, model: nn.Module) -> Saved:
+    """What was saved with the weights that the model has now.
+
+    Raises:
+        CheckpointError: no file of masks, or of other weights.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            state = json.loads((file.metadata() or {})[_STATE])
+            metadata = file.metadata() or {}
+            state, digest = json.loads(metadata[_STATE]), metadata[_WEIGHTS]
             buffers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path} holds no masks ({error}): resume from a checkpoint that was written with SparsifierCallback, "
             "and name its folder in TrainingArguments(resume_from_checkpoint=...) if it is elsewhere"
         ) from error
+    layers = [name.removesuffix(".mask") for name in buffers if name.endswith(".mask")]
+    try:
+        same = _digest(model, layers) == digest
+    except AttributeError:
+        same = False
+    if not same:
+        raise CheckpointError(
+            f"{path} has masks of other weights than those that training goes on with: name the checkpoint's folder in "
+            "TrainingArguments(resume_from_checkpoint=...) as well, and keep the model's structure"
+        )
     return Saved(buffers, state, str(path))

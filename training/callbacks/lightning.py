@@ -14,6 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from tnm_pipeline.training.callbacks.shared import Saved, Sparsifying
+from tnm_pipeline.training.checkpoint import CheckpointError
 
 
 class SparsifierCallback(Sparsifying, Callback):
@@ -29,6 +30,7 @@ class SparsifierCallback(Sparsifying, Callback):
 
         Raises:
             ValueError: the module has no or several optimizers.
+            CheckpointError: the checkpoint holds no masks, or those of other layers.
         """
         if len(trainer.optimizers) != 1:
             raise ValueError(
@@ -38,7 +40,13 @@ class SparsifierCallback(Sparsifying, Callback):
         steps = trainer.estimated_stepping_batches
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         total_steps = int(steps) if isfinite(steps) else None
-        self.begin(pl_module, trainer.optimizers[0], schedulers, total_steps, self._saved)
+        saved, self._saved = self._saved, None
+        if trainer.ckpt_path is not None and saved is None:
+            raise CheckpointError(
+                f"{trainer.ckpt_path} holds no masks: go on from a checkpoint that was written with "
+                "SparsifierCallback, or load the weights into the module and start without ckpt_path"
+            )
+        self.begin(pl_module, trainer.optimizers[0], schedulers, total_steps, saved)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the plain layers back."""

@@ -13,6 +13,10 @@ from tnm_pipeline.training.recipes import Recipe, recipe_named
 from tnm_pipeline.training.selection import Selection
 from tnm_pipeline.training.sparsify import LayerReport, Sparsifier
 
+# What schedulers of torch.optim.lr_scheduler keep there: OneCycleLR, ReduceLROnPlateau, CyclicLR, CosineAnnealingLR
+_RATES_OF_A_GROUP = {"lr", "initial_lr", "max_lr", "min_lr"}
+_RATES_OF_A_SCHEDULE = ("base_lrs", "max_lrs", "min_lrs", "eta_min")
+
 
 class Saved(NamedTuple):
     """What a checkpoint holds besides the plain model.
@@ -115,9 +119,18 @@ def _go_on(sparsifier: Sparsifier, saved: Saved) -> None:
 def _scale_rate(optimizer: Optimizer, schedulers: Sequence[Any], factor: float) -> None:
     """Multiply the rate of every group, now and in the schedules that are at their start."""
     for group in optimizer.param_groups:
-        group["lr"] *= factor
-        if "initial_lr" in group:
-            group["initial_lr"] *= factor
+        for name in _RATES_OF_A_GROUP & group.keys():
+            group[name] *= factor
     for scheduler in schedulers:
-        if hasattr(scheduler, "base_lrs"):
-            scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        _scale_schedule(scheduler, factor)
+
+
+def _scale_schedule(scheduler: Any, factor: float) -> None:
+    for part in getattr(scheduler, "_schedulers", ()):  # of SequentialLR and ChainedScheduler
+        _scale_schedule(part, factor)
+    for name in _RATES_OF_A_SCHEDULE:
+        rates = getattr(scheduler, name, None)
+        if isinstance(rates, list):
+            setattr(scheduler, name, [rate * factor for rate in rates])
+        elif isinstance(rates, float):
+            setattr(scheduler, name, rates * factor)

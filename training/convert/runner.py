@@ -46,7 +46,8 @@ def convert(
     """Make a model's weights N:M and repair what that breaks, from unlabelled inputs alone.
 
     The dense and the converted model run side by side, once, over all batches, and stop before each layer until it is
-    converted. Memory: a copy of the chosen layers, the activations of both models at one stop, one layer's sums.
+    converted; the dense one alone where nothing looks at the other: not sequential, and no batch norm is re-tuned.
+    Memory: a copy of the chosen layers, the activations of the models at one stop, one layer's sums.
 
     The same inputs give the same bits for any number of workers, and of processes if torch.distributed is initialised;
     every process must be given the same arguments. PyTorch's own threads are set to 1 meanwhile.

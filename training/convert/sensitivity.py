@@ -77,7 +77,8 @@ def measure_sensitivity(
 ) -> dict[str, Sensitivity]:
     """Measure all layers at once.
 
-    Memory holds one batch with its graph, twice the outputs of the layers among it. The output is every floating-point
+    Memory holds one batch with its graph, twice the outputs of the layers among it, and of
+    each layer up to 2 O float32 numbers for every example and probe. The output is every floating-point
     tensor that the model returns, as one vector; what `attention_mask` leaves out counts neither there nor in the
     layers. The same arguments give the same bits on one machine and number of threads.
 
@@ -86,7 +87,8 @@ def measure_sensitivity(
         choice: the layers; those that share a weight are measured together.
         pattern: whose magnitude mask makes the error that the coherence is measured on.
         batches: unlabelled inputs; about 128 examples are enough, and fewer get more probes.
-        probes: backward passes per batch, each with new random signs; default: enough for the 128.
+        probes: backward passes per batch, each with new random signs; default: 128 over the
+            number of examples, rounded, at least 1.
         seed: of the signs.
         retuned: batch norms will be re-tuned after the conversion.
 

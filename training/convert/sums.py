@@ -15,7 +15,7 @@ from tnm_pipeline.training.convert.group import Group
 
 _MOST = 1000  # so that its power of two is a float64
 _BITS = 62  # of an int64, without the sign and one for rounding
-_ENTRIES_AT_ONCE = 1 << 16  # converted in the processor's cache
+_ENTRIES_AT_ONCE = 1 << 16  # converted in the cache of a CPU
 
 
 class ExactSum:
@@ -39,7 +39,8 @@ class ExactSum:
     def add(self, term: Tensor) -> None:
         """Add a term, of any float dtype, finite."""
         unit = 2.0**self._exponent
-        parts = (flat.flatten().split(_ENTRIES_AT_ONCE) for flat in (self._total, term))
+        size = _ENTRIES_AT_ONCE if term.device.type == "cpu" else max(1, term.numel())
+        parts = (flat.flatten().split(size) for flat in (self._total, term))
         for total, part in zip(*parts, strict=True):
             total += part.to(torch.float64, copy=True).mul_(unit).round_().to(torch.int64)
 

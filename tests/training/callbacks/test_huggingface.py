@@ -71,8 +71,7 @@ def trainer(folder: Path, *callbacks: TrainerCallback, batch: int = 8, accumulat
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
-        seed=0,
-        **more,
+        **{"seed": 0, **more},
     )
     return Trainer(model=Classifier(), args=arguments, train_dataset=Points(), callbacks=list(callbacks))
 
@@ -154,3 +153,17 @@ def test_mistakes_are_found_before_training() -> None:
         SparsifierCallback("4:2")
     with pytest.raises(ValueError, match="unknown recipe"):
         SparsifierCallback("2:4", "dynamit")
+
+
+def test_masks_of_other_weights_are_refused_and_the_right_folder_is_found(tmp_path: Path) -> None:
+    for folder, step in (("mine", 7), ("other", 8)):
+        with pytest.raises(KeyboardInterrupt):
+            trainer(tmp_path / folder, SparsifierCallback("2:4-T", RECIPE), StopAfter(step), seed=step).train()
+    wanted = str(tmp_path / "other" / "checkpoint-5")
+    with pytest.raises(CheckpointError, match="masks of other weights"):
+        trainer(tmp_path / "mine", SparsifierCallback("2:4-T", RECIPE)).train(resume_from_checkpoint=wanted)
+    callback = SparsifierCallback("2:4-T", RECIPE)
+    work = trainer(tmp_path / "mine", callback, resume_from_checkpoint=wanted)
+    work.train(resume_from_checkpoint=wanted)
+    assert callback.sparsifier is not None
+    assert callback.sparsifier.step == 24

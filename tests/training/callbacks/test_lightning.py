@@ -139,3 +139,22 @@ def test_masks_of_other_layers_are_refused(tmp_path: Path) -> None:
 def test_several_optimizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 optimizers"):
         trainer(tmp_path, SparsifierCallback("2:4-T", RECIPE)).fit(Classifier(optimizers=2), loader())
+
+
+def test_a_checkpoint_without_masks_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path).fit(Classifier(), loader())
+    with pytest.raises(CheckpointError, match="holds no masks"):
+        trainer(tmp_path, SparsifierCallback("2:4", RECIPE)).fit(
+            Classifier(), loader(), ckpt_path=tmp_path / "step=12.ckpt"
+        )
+
+
+def test_a_second_fit_starts_anew(tmp_path: Path) -> None:
+    callback = SparsifierCallback("2:4", RECIPE)
+    trainer(tmp_path / "first", callback).fit(Classifier(), loader())
+    trainer(tmp_path / "second", callback).fit(Classifier(), loader(), ckpt_path=tmp_path / "first" / "step=12.ckpt")
+    fresh = Classifier()
+    trainer(tmp_path / "third", callback).fit(fresh, loader())
+    assert callback.sparsifier is not None
+    assert callback.sparsifier.step == STEPS
+    assert fresh.rates[0] == pytest.approx(0.02)
