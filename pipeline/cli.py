@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from tnm_pipeline.pipeline.crew import follow, follows, leading, refuse_others
+from tnm_pipeline.pipeline.heap import ask_for_huge_pages
+
 if TYPE_CHECKING:
     from tnm_pipeline.pipeline.config import Config
     from tnm_pipeline.pipeline.run import Done
@@ -27,7 +30,9 @@ FolderOption = Annotated[Path | None, typer.Option("--folder", "-o", help="Run f
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Built-in name, hf:FOLDER_OR_NAME or module:function.")
 ]
-DataOption = Annotated[str | None, typer.Option("--data", help="Built-in name, .npz file or module:function.")]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="Built-in name, .npz, .tsv or .csv file, image folder or module:function.")
+]
 CalibrationOption = Annotated[
     str | None,
     typer.Option("--calibration", help="Unlabelled inputs: .npz, .txt, image folder, hf:NAME or module:function."),
@@ -65,8 +70,14 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train with masks; the sparse checkpoint is FOLDER/train/model.safetensors."""
+    if follows():
+        from tnm_pipeline.pipeline.learn import help_to_train
+
+        follow(help_to_train)
+        return
     chosen = {**_options(folder, model, data, pattern), "run.routes": ["train"]}
-    _run(_resolve(config, overrides, chosen), {"train", "dense"}, as_json)
+    with leading():
+        _run(_resolve(config, overrides, chosen), {"train", "dense"}, as_json)
 
 
 @app.command()
@@ -84,8 +95,6 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Convert a checkpoint without training, with labels or without; writes FOLDER/convert/model.safetensors."""
-    from tnm_pipeline.pipeline.crew import follow, follows, leading
-
     if follows():
         from tnm_pipeline.pipeline.conversion import help_to_convert
 
@@ -122,6 +131,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Export to ONNX, and with --trt build plans; everything in FOLDER/export and FOLDER/build, verified."""
+    refuse_others("export")
     config = config or _config_of(folder, checkpoint)
     chosen = {**_options(folder, model, data, None), "trt.enabled": trt}
     if checkpoint:
@@ -140,6 +150,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Do everything that changed since the last time: train, convert, export, build, verify, report."""
+    refuse_others("run")
     _run(_resolve(config, overrides, _options(folder, model, data, pattern)), None, as_json)
 
 
@@ -148,6 +159,7 @@ def demo(overrides: SetOption = None, folder: FolderOption = None, as_json: Json
     """The whole pipeline on handwritten digits that ship with scikit-learn: about a minute, CPU only."""
     from tnm_pipeline.pipeline.resolve import DEMO
 
+    refuse_others("demo")
     _run(_resolve(DEMO, overrides, _options(folder, None, None, None)), None, as_json)
 
 
@@ -207,6 +219,7 @@ def main() -> None:
     """Entry point: runs a command and turns an error into a message and an exit code."""
     # OpenMP threads that spin while they wait make small networks 20 times slower on a machine that has other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    ask_for_huge_pages()
     try:
         app()
     except (Exception, KeyboardInterrupt) as error:

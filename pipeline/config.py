@@ -6,6 +6,7 @@
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,9 +15,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.training.pattern import Pattern
-from tnm_pipeline.training.recipes import RECIPES
+from tnm_pipeline.training.recipes import RECIPES, Recipe
 
+_PAIRS = (".tsv", ".csv")  # tables of sentence pairs, as in `training.sources`
 Route = Literal["train", "convert", "convert-unstructured"]
+SPARSE_KEYS = ("recipe", "decay", "sampled_gradient", "backend")  # of [train]: nothing to a dense training
 
 
 def _json_able(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -75,17 +78,35 @@ class SparsitySection(_Section):
 
 
 class TrainSection(_Section):
-    """The training loop; see `tnm_pipeline.training.loop.FitConfig`."""
+    """The training loop; see `tnm_pipeline.training.loop.FitConfig`.
+
+    `decay` and `sampled_gradient` change the recipe, see `tnm_pipeline.training.recipes.Recipe`; `backend` how sparse
+    products are computed, see `tnm_pipeline.training.backend.Packs`.
+    """
 
     recipe: Literal["dynamic", "static", "paper", "gradual", "dense-tail", "s-ste"] = "dynamic"
+    decay: Annotated[float | None, Field(ge=0)] = None
+    sampled_gradient: bool = False
+    backend: Literal["masked", "auto", "sparse"] = "masked"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     epochs: Annotated[int, Field(ge=1)] = 40
     batch_size: Annotated[int, Field(ge=1)] = 64
+    accumulate: Annotated[int, Field(ge=1)] = 1
     lr: Annotated[float, Field(gt=0)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     save_every: Annotated[int, Field(ge=1)] = 200
+
+    def full_recipe(self) -> Recipe:
+        """The recipe with what is changed about it.
+
+        Raises:
+            RecipeError: it does not go with the change.
+        """
+        recipe = replace(RECIPES[self.recipe], sampled_gradient=self.sampled_gradient)
+        return recipe if self.decay is None else replace(recipe, decay=self.decay)
 
 
 class ConvertSection(_Section):
@@ -202,7 +223,7 @@ class Config(_Section):
         return self
 
     def _check_recipe(self) -> None:
-        recipe = RECIPES[self.train.recipe]
+        recipe = self.train.full_recipe()
         if recipe.ends_dense:
             sparse = ", ".join(name for name, other in RECIPES.items() if not other.ends_dense)
             raise ValueError(
@@ -215,6 +236,11 @@ class Config(_Section):
     def labelled(self) -> bool:
         """Whether there is data to score a checkpoint on; a conversion alone does without."""
         return bool(self.data.source)
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether the data are sentence pairs, which training and conversion can score and what follows cannot."""
+        return self.data.source.endswith(_PAIRS)
 
     @property
     def candidates(self) -> tuple[str, ...]:

@@ -10,19 +10,19 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from tnm_pipeline.pipeline.cache import HUB, JOURNAL
+from tnm_pipeline.pipeline.cache import JOURNAL
 from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.crew import companions, meet, summon
 from tnm_pipeline.pipeline.errors import Stopped
 from tnm_pipeline.pipeline.heap import share_heap
-from tnm_pipeline.pipeline.learn import mask_picture, model_from, save, score
+from tnm_pipeline.pipeline.learn import arguments, mask_picture, model_from, save, score
 from tnm_pipeline.pipeline.stages import Context
 from tnm_pipeline.training.convert import Batch, Conversion
 from tnm_pipeline.training.convert import convert as convert_model
 from tnm_pipeline.training.convert.budget import Budget
+from tnm_pipeline.training.convert.memory import Memory, estimate_memory
 from tnm_pipeline.training.convert.methods import find_method
 from tnm_pipeline.training.convert.plan import Plan, PlanError
-from tnm_pipeline.training.convert.planning import Memory, estimate_memory
 from tnm_pipeline.training.convert.planning import plan as make_plan
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.selection import Selection
@@ -78,8 +78,8 @@ class Preview:
         return (
             f"method {self.method}, {self.examples} calibration examples in {self.batches} batches",
             f"tensors beyond the model and the data, about {_mebibytes(memory.total)}: activations "
-            f"{_mebibytes(memory.activations)}, copies of layers {_mebibytes(memory.copies)}, sums of the largest "
-            f"layer {_mebibytes(memory.sums)}",
+            f"{_mebibytes(memory.activations)}, masks and copies {_mebibytes(memory.copies)}, sums of a layer "
+            f"{_mebibytes(memory.sums)}",
         )
 
 
@@ -135,7 +135,7 @@ def convert(context: Context) -> dict[str, Any]:
     }
     save(context, model, conversion.masks, patterns, {"conversion": made})
     shutil.rmtree(context.folder / JOURNAL)
-    return _result(config, found, conversion) | {"accuracy": score(config, model)}
+    return _result(config, found, conversion) | score(config, model)
 
 
 def help_to_convert(work: tuple[Config, "_Task", Plan]) -> None:
@@ -244,7 +244,16 @@ def _preview(config: Config, model: nn.Module, reference: nn.Module | None, batc
         workers=workers(config),
         seed=config.run.seed,
     )
-    memory = estimate_memory(model, plan, batches, reference=reference, retune_batch_norm=settings.retune_batch_norm)
+    memory = estimate_memory(
+        model,
+        plan,
+        batches,
+        reference=reference,
+        sequential=settings.sequential,
+        retune_batch_norm=settings.retune_batch_norm,
+        reorder_channels=settings.reorder_channels,
+        workers=workers(config),
+    )
     return Preview(plan, settings.method, count_examples(batches), len(batches), memory)
 
 
@@ -256,11 +265,8 @@ def _selection(config: Config) -> Selection:
 def _calibration(config: Config) -> dict[str, Any]:
     """Source and arguments; a pretrained text model brings its own tokenizer."""
     if not config.calibration.source:
-        return {"source": config.data.source, "args": config.data.args}
-    source, arguments = config.calibration.source, dict(config.calibration.args)
-    if source.endswith(".txt") and config.model.source.startswith(HUB):
-        arguments.setdefault("tokenizer", config.model.source.removeprefix(HUB))
-    return {"source": source, "args": arguments}
+        return {"source": config.data.source, "args": arguments(config, config.data)}
+    return {"source": config.calibration.source, "args": arguments(config, config.calibration)}
 
 
 def _result(config: Config, found: Preview, conversion: Conversion) -> dict[str, Any]:
@@ -272,7 +278,7 @@ def _result(config: Config, found: Preview, conversion: Conversion) -> dict[str,
         "skipped": {layer.name: layer.reason for layer in found.plan.skipped} | dense,
         "mean_error_own": sum(layer.error_own for layer in conversion.layers) / len(conversion.layers),
         "method": config.convert.method,
-        "plan": found.to_dict(),
+        "plan": {name: part for name, part in found.to_dict().items() if name != "memory"},  # it depends on the workers
         "picture": mask_picture(conversion.masks),
     }
 

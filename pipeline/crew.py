@@ -1,14 +1,16 @@
-"""The processes that `torchrun` started: the first does everything, the others help it to convert.
+"""The processes that `torchrun` started: the first does everything, the others help it to convert or to train.
 
-Only `convert` is shared out. The first process alone reads the configuration, locks and writes the run folder, and
-prints; the others wait to be told what to convert, or that there is nothing. All of them must see the run folder and
-the calibration data, on several machines by a shared file system. Models stay on the CPU, so gloo carries the messages.
+Only `convert` and `train` are shared out. The first process alone reads the configuration, locks and writes the run
+folder, and prints; the others wait to be told what to convert or to train, or that there is nothing. All of them must
+see the run folder and the data, on several machines by a shared file system.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from tnm_pipeline.pipeline.errors import ConfigError
 
 
 def together() -> bool:
@@ -19,6 +21,23 @@ def together() -> bool:
 def follows() -> bool:
     """Whether this process only helps."""
     return together() and int(os.environ["RANK"]) > 0
+
+
+def refuse_others(command: str) -> None:
+    """Refuse a command that several processes would carry out several times.
+
+    Args:
+        command: its name.
+
+    Raises:
+        ConfigError: torchrun started this process along with others.
+    """
+    if together():
+        raise ConfigError(
+            f"{command} runs in one process, torchrun started {os.environ['WORLD_SIZE']}: only train and convert share "
+            f"their work. Start those with torchrun, and then {command} without it: what they did is found in the run "
+            "folder and not done again"
+        )
 
 
 def companions() -> int:
@@ -77,9 +96,11 @@ def follow(help_with: Callable[[Any], None]) -> None:
 
 @contextmanager
 def _met() -> Iterator[None]:
+    import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    # Words and models on the CPU go by gloo, training on GPUs by NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:

@@ -24,11 +24,11 @@ from tnm_pipeline.export.sparsity import SparsityReport, inspect_onnx
 from tnm_pipeline.export.tensorrt import build_plan
 from tnm_pipeline.export.verify import answer, check, compare, verify_onnx
 from tnm_pipeline.pipeline.errors import Stopped
-from tnm_pipeline.pipeline.learn import model_from
+from tnm_pipeline.pipeline.learn import data_of, model_from
 from tnm_pipeline.pipeline.stages import Context
 from tnm_pipeline.training.checkpoint import Checkpoint
 from tnm_pipeline.training.pattern import Pattern
-from tnm_pipeline.training.sources import load_data
+from tnm_pipeline.training.tasks import Classification
 
 _INPUT = "input"  # the name of the exported graph's input
 _BATCH = 256  # samples that torch answers at once
@@ -38,7 +38,13 @@ _SESSIONS = 3  # of each twin while it is timed
 def export(context: Context) -> dict[str, Any]:
     """Write the ONNX files, fp32 and fp16, of the sparse model, and fp32 of its dense twin if there is one."""
     config = context.config
-    sample = load_data(config.data.source, config.data.args).test.tensors[0][:2]
+    data = data_of(config)
+    if not isinstance(data.task, Classification):
+        raise ExportRejected(
+            f"the data are scored by {data.task.metric}, and only classifiers can be exported and verified so far: the "
+            "checkpoints of train and convert are whole, and their results say how they score"
+        )
+    sample, _ = data.test[:2]
     files = []
     for label, name in (("sparse", "model"), ("dense", "dense")):
         if label not in context.inputs:
@@ -100,9 +106,7 @@ def build(context: Context) -> dict[str, Any]:
 def verify(context: Context) -> dict[str, Any]:
     """Recount the zeros, compare ONNX with torch, score both, load the plan, time the twins."""
     config = context.config
-    data = load_data(config.data.source, config.data.args)
-    inputs = data.test.tensors[0].numpy()
-    targets = data.test.tensors[1].numpy()
+    inputs, targets = (tensor.numpy() for tensor in data_of(config).test[:])
     model, checkpoint = model_from(config, context.inputs["sparse"])
     reference = _predict(model, inputs)
     parity, accuracy = {}, {"torch": _accuracy(reference, targets)}

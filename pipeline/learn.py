@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnm_pipeline.pipeline.cache import STATE_FILE
-from tnm_pipeline.pipeline.config import Config
-from tnm_pipeline.pipeline.stages import CHECKPOINT, Context
+from tnm_pipeline.pipeline.cache import HUB, STATE_FILE
+from tnm_pipeline.pipeline.config import SPARSE_KEYS, Config, SourceSection
+from tnm_pipeline.pipeline.crew import summon
+from tnm_pipeline.pipeline.errors import exit_code
+from tnm_pipeline.pipeline.metrics import metric_of, score_of
+from tnm_pipeline.pipeline.stages import CHECKPOINT, EVENTS, Context
 from tnm_pipeline.training.checkpoint import Checkpoint, load_into, read_checkpoint, save_checkpoint
 from tnm_pipeline.training.layout import to_gemm
-from tnm_pipeline.training.loop import FitConfig, SparseTraining, check_match, evaluate, fit
+from tnm_pipeline.training.loop import (
+    FitConfig,
+    FitResult,
+    SparseTraining,
+    TrainingDivergedError,
+    TrainingStoppedError,
+    fit,
+)
 from tnm_pipeline.training.masks.prune import prune_unstructured
 from tnm_pipeline.training.pattern import Pattern
-from tnm_pipeline.training.recipes import recipe_named
+from tnm_pipeline.training.processes import WorldSizeError
+from tnm_pipeline.training.scoring import check_match, evaluate
 from tnm_pipeline.training.selection import Selection, select
 from tnm_pipeline.training.sources import Splits, load_data, load_model
 
@@ -48,9 +60,9 @@ def dense(context: Context) -> dict[str, Any]:
     if "checkpoint" in context.inputs:
         model, given = model_from(config, context.inputs["checkpoint"])
         if config.labelled:
-            check_match(model, _data(config))
+            check_match(model, data_of(config))
         save(context, model, dict(given.masks), given.record.get("layers", {}))
-        return {"accuracy": score(config, model), "history": None, "parameters": _parameters(model), "given": True}
+        return score(config, model) | {"history": None, "parameters": _parameters(model), "given": True}
     return _fit(context, new_model(config), None) | {"given": False}
 
 
@@ -58,8 +70,10 @@ def train(context: Context) -> dict[str, Any]:
     """Train with masks: from the initial weights, or from the dense ones if the recipe says so."""
     config = context.config
     model = model_from(config, context.inputs["dense"])[0] if "dense" in context.inputs else new_model(config)
-    recipe = recipe_named(config.train.recipe)
-    return _fit(context, model, SparseTraining(_pattern(config), recipe, _selection(config)))
+    sparsity = SparseTraining(
+        _pattern(config), config.train.full_recipe(), _selection(config), backend=config.train.backend
+    )
+    return _fit(context, model, sparsity)
 
 
 def prune(context: Context) -> dict[str, Any]:
@@ -69,46 +83,67 @@ def prune(context: Context) -> dict[str, Any]:
     choice = select(model, _pattern(config), _selection(config))
     sparsity = prune_unstructured(model, choice.chosen, config.convert.unstructured)
     save(context, model, {}, {})
-    return {"accuracy": evaluate(model, _data(config).test), "sparsity": sparsity}
+    return score(config, model) | {"sparsity": sparsity}
 
 
 def choose(context: Context) -> dict[str, Any]:
-    """Take the checkpoint of the most accurate route; the first one of equals."""
+    """Take the checkpoint of the route that scores best; the first one of equals."""
     routes = context.config.run.routes
     results = {route: json.loads(context.inputs[f"{route} result"].read_text(encoding="utf-8")) for route in routes}
-    candidates = {route: results[route]["accuracy"] for route in routes}
+    metric = metric_of(results.values()).key
+    candidates = {route: score_of(results[route]) or 0.0 for route in routes}
     best = max(routes, key=lambda route: candidates[route])
     shutil.copyfile(context.inputs[best], context.folder / CHECKPOINT)
-    return {"route": best, "accuracy": candidates[best], "candidates": candidates}
+    return {"route": best, "metric": metric, metric: candidates[best], "candidates": candidates}
 
 
 def take(context: Context) -> dict[str, Any]:
     """Check the sparse checkpoint that the user gave and take it as it is."""
     model, checkpoint = model_from(context.config, context.inputs["given"])
-    data = _data(context.config)
-    check_match(model, data)
+    check_match(model, data_of(context.config))
     save(context, model, checkpoint.masks, checkpoint.record.get("layers", {}))
-    return {"route": "given", "accuracy": evaluate(model, data.test), "candidates": {}}
+    return score(context.config, model) | {"route": "given", "candidates": {}}
+
+
+def help_to_train(work: tuple[Config, SparseTraining | None, Path]) -> None:
+    """What the processes do that do not lead: the same training, of which nothing is kept here.
+
+    The first process sends them its weights, says when to stop, and why training failed.
+    """
+    config, sparsity, state = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    model, data = new_model(config), data_of(config)
+    try:
+        fit(model, data, _settings(config), sparsity=sparsity, state_path=state, should_stop=lambda: False)
+    except (TrainingStoppedError, TrainingDivergedError, WorldSizeError) as error:
+        raise SystemExit(exit_code(error)) from None
+
+
+def _settings(config: Config) -> FitConfig:
+    return FitConfig(**config.train.model_dump(exclude=set(SPARSE_KEYS)), seed=config.run.seed)
 
 
 def _fit(context: Context, model: nn.Module, sparsity: SparseTraining | None) -> dict[str, Any]:
     config = context.config
     state = context.folder / STATE_FILE
-    settings = config.train.model_dump(exclude={"recipe"})
+    data = data_of(config)
+    summon((config, sparsity, state.absolute()))
     result = fit(
         model,
-        _data(config),
-        FitConfig(**settings, seed=config.run.seed),
+        data,
+        _settings(config),
         sparsity=sparsity,
         state_path=state,
+        events=context.folder.parent / EVENTS / context.folder.name,
         on_step=context.progress,
         should_stop=context.should_stop,
     )
     save(context, model, result.masks, {row.name: row.pattern for row in result.layers if row.pattern})
     state.unlink(missing_ok=True)
     return {
-        "accuracy": result.accuracy,
-        "history": vars(result.history),
+        "metric": result.metric,
+        result.metric: result.score,
+        "history": _history(result),
         "parameters": _parameters(model),
         "layers": [row.to_dict() for row in result.layers],
         "skipped": {row.name: row.skipped for row in result.layers if row.skipped},
@@ -116,9 +151,17 @@ def _fit(context: Context, model: nn.Module, sparsity: SparseTraining | None) ->
     }
 
 
-def score(config: Config, model: nn.Module) -> float | None:
-    """Accuracy on the test set, in [0, 1]; None where no data has labels."""
-    return evaluate(model, _data(config).test) if config.labelled else None
+def _history(result: FitResult) -> dict[str, Any]:
+    history = result.history
+    return {"loss": history.loss, result.metric: history.score, "flip_rate": history.flip_rate}
+
+
+def score(config: Config, model: nn.Module) -> dict[str, Any]:
+    """What a stage's result says of the score on the test set: name and value; None where no data has labels."""
+    if not config.labelled:
+        return {"accuracy": None}
+    data = data_of(config)
+    return {"metric": data.task.metric, data.task.metric: evaluate(model, data.test, task=data.task)}
 
 
 def save(
@@ -148,8 +191,20 @@ def save(
     save_checkpoint(context.folder / CHECKPOINT, Checkpoint(model.state_dict(), masks, record))
 
 
-def _data(config: Config) -> Splits:
-    return load_data(config.data.source, config.data.args)
+def data_of(config: Config) -> Splits:
+    """The data with labels.
+
+    Raises:
+        SourceError: they cannot be read.
+    """
+    return load_data(config.data.source, arguments(config, config.data))
+
+
+def arguments(config: Config, section: SourceSection) -> dict[str, Any]:
+    """What the source of a section gets: text is cut up by the tokenizer of a pretrained model, unless it names one."""
+    text = section.source.endswith((".txt", ".tsv", ".csv"))
+    pretrained = text and config.model.source.startswith(HUB)
+    return ({"tokenizer": config.model.source.removeprefix(HUB)} if pretrained else {}) | section.args
 
 
 def _pattern(config: Config) -> Pattern:

@@ -15,12 +15,13 @@ from typing import Any
 from tnm_pipeline.engines.driver import probe
 from tnm_pipeline.export.environment import package_version
 from tnm_pipeline.pipeline.cache import source_fingerprint
-from tnm_pipeline.pipeline.config import Config
+from tnm_pipeline.pipeline.config import SPARSE_KEYS, Config
 from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.training.recipes import recipe_named
 
 CHECKPOINT = "model.safetensors"
 RESULT = "result.json"
+EVENTS = "tensorboard"  # folder of event files, beside those of the stages: they are no artifacts
 _GIVEN = {"checkpoint", "given", "reference"}  # labels of inputs that the user made, not an earlier stage
 
 
@@ -74,10 +75,16 @@ def stages_of(config: Config, folder: Path) -> dict[str, Stage]:
     """
     sections = config.model_dump(mode="json")
     model, data = config.model, config.data
-    common = {
+    common: dict[str, Any] = {
         "seed": config.run.seed,
         "model": {"source": model.source, "args": model.args, "content": source_fingerprint(model.source)},
-        "data": {"source": data.source, "args": data.args, "content": source_fingerprint(data.source)},
+        "data": {
+            "source": data.source,
+            "args": data.args,
+            "content": source_fingerprint(data.source),
+            # of sentence pairs: another file to test on, and how they are cut up
+            **{key: source_fingerprint(str(data.args[key])) for key in ("test", "tokenizer") if key in data.args},
+        },
     }
     sparsity = {**common, "sparsity": sections["sparsity"]}
     given = {"checkpoint": config.model.checkpoint} if config.model.checkpoint else {}
@@ -91,7 +98,7 @@ def stages_of(config: Config, folder: Path) -> dict[str, Stage]:
         best = add("best", "take the sparse checkpoint", "learn:take", common, {"given": config.export.checkpoint})
         twin: dict[str, Path] = {}
     else:
-        learning = {key: value for key, value in sections["train"].items() if key not in ("recipe", "save_every")}
+        learning = {key: value for key, value in sections["train"].items() if key not in (*SPARSE_KEYS, "save_every")}
         dense_settings = common if given else {**common, "train": learning}
         look = "evaluate" if config.labelled else "read"
         title = f"{look} the given checkpoint" if given else "train the dense baseline"

@@ -7,7 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tnm_pipeline.pipeline.config import Config
+from tnm_pipeline.pipeline.metrics import metric_of, score_of
 from tnm_pipeline.pipeline.run import Done
+from tnm_pipeline.pipeline.stages import EVENTS
 
 _ROUTES = {
     "dense": "dense baseline",
@@ -25,10 +27,10 @@ def to_json(config: Config, done: dict[str, Done]) -> dict[str, Any]:
 
 
 def show(config: Config, done: dict[str, Done]) -> None:
-    """Print the accuracies, what was built, and what to do next."""
+    """Print the scores, what was built, and what to do next."""
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     folder = config.run.folder
-    console.print(_accuracies(config, done))
+    console.print(_scores(config, done))
     if "export" in done:
         for file in done["export"].result["files"]:
             console.print(f"{folder / 'export' / file['file']}  {_size(file['bytes'])}")
@@ -37,23 +39,26 @@ def show(config: Config, done: dict[str, Done]) -> None:
             console.print(f"{folder / 'build' / plan['file']}  {_size(plan['bytes'])}  {_built(plan)}")
     if "verify" in done:
         _show_verification(console, done["verify"].result)
+    if any(done[name].result.get("history") for name in ("dense", "train") if name in done):
+        console.print(f"curves: {shlex.join(['tensorboard', '--logdir', str(folder / EVENTS)])}")
     console.print(f"report: {folder / 'report.html'}")
     console.print(f"next: {shlex.join(['tnm-pipeline', *_next(config, done)])}")
 
 
-def _accuracies(config: Config, done: dict[str, Done]) -> Table:
+def _scores(config: Config, done: dict[str, Done]) -> Table:
+    metric = metric_of(item.result for item in done.values())
     unlabelled = [] if config.labelled else ["mean layer error"]
-    table = Table("checkpoint", "pattern", "accuracy", "against dense", *unlabelled, "")
-    dense = done["dense"].result["accuracy"] if "dense" in done else None
+    table = Table("checkpoint", "pattern", metric.name, "against dense", *unlabelled, "")
+    dense = score_of(done["dense"].result) if "dense" in done else None
     chosen = done["best"].result["route"] if "best" in done else None
     for name, label in _ROUTES.items():
         if name not in done or (name == "best" and chosen != "given"):
             continue
         result = done[name].result
-        accuracy = result["accuracy"]
+        score = score_of(result)
         pattern = "" if name in ("dense", "prune", "best") else _patterns(config, result)
-        gap = "" if dense is None or accuracy is None or name == "dense" else f"{100 * (accuracy - dense):+.2f}"
-        scored = "no labels" if accuracy is None else f"{accuracy:.2%}"
+        gap = "" if dense is None or score is None or name == "dense" else metric.gap(score - dense)
+        scored = "no labels" if score is None else metric.text(score)
         errors = [] if config.labelled else [_layer_error(result)]
         table.add_row(label, pattern, scored, gap, *errors, "exported" if name == chosen else "")
     return table
@@ -112,8 +117,9 @@ def _next(config: Config, done: dict[str, Done]) -> list[str]:
         return ["verify", str(folder / "build" / name), *option]
     if "export" in done:
         return ["inspect", str(folder / "export" / "model.fp32.onnx")]
-    if not config.labelled:  # which exports are verified on
-        return ["inspect", str(folder / "convert" / "model.safetensors")]
+    if not config.labelled or config.in_pairs:  # which exports are verified on
+        made = next(name for name in reversed(done) if name in _ROUTES)
+        return ["inspect", str(folder / made / "model.safetensors")]
     return ["export", "--trt", "--folder", str(folder)]  # which knows model, data and the dense twin
 
 

@@ -71,3 +71,106 @@ def test_bench_convert_says_which_data_are_missing(tmp_path: Path) -> None:
     done = run_script("bench_convert.py", "--data", str(tmp_path))
     assert done.returncode == 1
     assert f"{tmp_path / 'sts-2012-2014.tsv'} is not there" in done.stderr
+
+
+@pytest.fixture
+def coloured_archive(tmp_path: Path) -> Path:
+    """CIFAR-10's archive in small: ten classes, 20 soft pictures of each to train on and 4 to test."""
+    generator = torch.Generator().manual_seed(0)
+    with tarfile.open(tmp_path / "cifar10.tar.xz", "w:xz") as archive:
+        for split, number in (("train", 20), ("test", 4)):
+            for index in range(10 * number):
+                blobs = torch.rand(1, 3, 4, 4, generator=generator)
+                pixels = F.interpolate(blobs, size=32, mode="bilinear").mul(255).byte()[0].permute(1, 2, 0)
+                file = io.BytesIO()
+                Image.fromarray(pixels.numpy()).save(file, "jpeg")
+                member = tarfile.TarInfo(f"{split}/class{index % 10}/{index // 10:04}.jpg")
+                member.size = file.tell()
+                file.seek(0)
+                archive.addfile(member, file)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_bench_accuracy_measures_every_case_and_goes_on_where_it_was_stopped(
+    coloured_archive: Path, tmp_path: Path
+) -> None:
+    report, progress = tmp_path / "report.json", tmp_path / "progress.jsonl"
+    options = ["--task", "cifar10", "--quick", "--search", "--data", str(coloured_archive), "--cache", str(tmp_path)]
+    options += ["--progress", str(progress), "--json", str(report)]
+    done = run_script("bench_accuracy.py", *options)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(report.read_text(encoding="utf-8"))
+    assert written["environment"]["images"] == {"train": 128, "validation": 64, "test": 40}
+    cases = {row["case"]: row for row in written["rows"]}
+    assert len(cases) == 10
+    assert len(cases["dense"]["accuracy"]) == 2
+    for row in cases.values():
+        if row["case"].startswith(("static", "gradual", "dynamic", "paper")):
+            assert row["violations"] == 0
+            assert (row["violations_transposed"] == 0) is row["pattern"].endswith("-T")
+    dense, default = cases["dense"]["accuracy"], cases["dynamic 2:4-T"]["accuracy"]
+    first = written["comparisons"][0]
+    assert (first["case"], first["baseline"]) == ("dynamic 2:4-T", "dense")
+    assert first["gap"] == pytest.approx(sum(default) / 2 - sum(dense) / 2, abs=1e-3)
+    assert first["interval95"] == pytest.approx(  # two differences: t = 12.706, deviation / sqrt(2) = half the range
+        12.706 / 2 * abs((default[1] - dense[1]) - (default[0] - dense[0])), rel=1e-3, abs=1e-3
+    )
+    assert not any("test" in row for row in written["search"])
+
+    lines = progress.read_text(encoding="utf-8").splitlines()
+    progress.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    again = run_script("bench_accuracy.py", *options)
+    assert again.returncode == 0, again.stderr
+    without_time = [{key: value for key, value in row.items() if key != "seconds"} for row in written["rows"]]
+    rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
+    assert [{key: value for key, value in row.items() if key != "seconds"} for row in rows] == without_time
+    assert len(progress.read_text(encoding="utf-8").splitlines()) == len(lines)
+
+
+@pytest.mark.slow
+def test_bench_accuracy_says_which_data_are_missing(tmp_path: Path) -> None:
+    done = run_script("bench_accuracy.py", "--task", "cifar10", "--data", str(tmp_path), "--cache", str(tmp_path))
+    assert done.returncode != 0
+    assert f"{tmp_path / 'cifar10.tar.xz'} is not there" in done.stderr
+
+
+@pytest.mark.slow
+def test_bench_training_step_measures_every_twin(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = run_script("bench_training_step.py", "--quick", "--json", str(report))
+    assert done.returncode == 0, done.stderr
+    written = json.loads(report.read_text(encoding="utf-8"))
+    assert [row["twin"] for row in written["rows"] if row["network"] == "mlp"] == [
+        "dense",
+        "dense again",
+        "masked weight",
+        "masked weight, pull",
+        "K = 40",
+        "K = 1",
+    ]
+    for row in written["rows"]:
+        assert row["milliseconds"] > 0
+        if row["twin"].startswith("K"):
+            assert 0 < row["refresh_share"] < 1
+    assert {(row["pattern"], row["solver"]) for row in written["solvers"]} == {
+        (pattern, solver) for pattern in ("2:4-T", "4:8-T") for solver in ("exact", "greedy", "flow")
+    }
+    assert written["memory"]["buffer_bytes"] == 1
+
+
+@pytest.mark.slow
+def test_bench_finetune_trains_every_arm_once(benchmark_data: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ["--quick", "--data", str(benchmark_data), "--cache", str(tmp_path / "cache"), "--json", str(report)]
+    done = run_script("bench_finetune.py", *options, "--arms", "converted, static", "converted")
+    assert done.returncode == 0, done.stderr
+    rows = {row["arm"]: row for row in json.loads(report.read_text(encoding="utf-8"))["rows"]}
+    assert list(rows) == ["dense", "converted, static", "converted"]
+    for row in list(rows.values())[1:]:
+        assert row["layers"] == 36
+        assert row["violations"] == row["violations_transposed"] == 0
+        assert row["gap"] == pytest.approx(row["mean"] - rows["dense"]["mean"], abs=2e-4)
+    again = run_script("bench_finetune.py", *options, "--arms", "converted, static", "converted")
+    assert again.returncode == 0, again.stderr
+    assert '"arm"' not in again.stderr  # all of it was done

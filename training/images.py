@@ -1,6 +1,7 @@
 """Image files as the input of an image classifier: resized, cropped in the centre, normalised."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from tnm_pipeline.training.sources import SourceError, require
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_AT_ONCE = 256  # images that a thread reads before it takes others
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class ImagePreparation:
 
     def apply(self, picture: Any) -> Tensor:
         """Prepare one `PIL.Image`; returns (3, size, size) float32."""
+        return self.normalise(self.cut(picture))
+
+    def cut(self, picture: Any) -> Tensor:
+        """The centre of one `PIL.Image`, resized; returns (3, size, size) uint8."""
         picture = picture.convert("RGB")
         width, height = picture.size
         shorter = min(width, height)
@@ -61,9 +67,12 @@ class ImagePreparation:
             picture = picture.resize(sides, resample=2)  # bilinear
         left, top = (round((side - self.size) / 2) for side in picture.size)
         square = picture.crop((left, top, left + self.size, top + self.size))
-        pixels = torch.from_numpy(np.array(square, dtype=np.float32)).div_(255)
-        normalised = pixels.sub_(torch.tensor(self.mean)).div_(torch.tensor(self.std))
-        return normalised.permute(2, 0, 1).contiguous()
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(..., 3, H, W) uint8 to float32 of the same shape."""
+        mean, std = (torch.tensor(value).reshape(-1, 1, 1) for value in (self.mean, self.std))
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -95,13 +104,39 @@ def read_images(files: Sequence[Path], preparation: ImagePreparation) -> Tensor:
         MissingPackageError: Pillow is not installed.
     """
     pillow = require("PIL.Image", "images", f"image {files[0]}")
-    return torch.stack([_read(path, preparation, pillow) for path in files])
+    return preparation.normalise(torch.stack([_read(path, preparation, pillow) for path in files]))
+
+
+def read_pixels(files: Sequence[Path], preparation: ImagePreparation) -> Tensor:
+    """Read many images, in threads, and cut out their centres.
+
+    Args:
+        files: at least one.
+        preparation: the steps, of which the normalisation is left out.
+
+    Returns:
+        (S, 3, size, size) uint8.
+
+    Raises:
+        SourceError: a file is no image, or cut off; the message names it.
+        MissingPackageError: Pillow is not installed.
+    """
+    pillow = require("PIL.Image", "images", f"image {files[0]}")
+    pixels = torch.empty((len(files), 3, preparation.size, preparation.size), dtype=torch.uint8)
+
+    def read(start: int) -> None:
+        some = files[start : start + _AT_ONCE]
+        pixels[start : start + _AT_ONCE] = torch.stack([_read(path, preparation, pillow) for path in some])
+
+    with ThreadPoolExecutor() as pool:  # decoders let other threads run
+        list(pool.map(read, range(0, len(files), _AT_ONCE)))  # so that errors are raised here
+    return pixels
 
 
 def _read(path: Path, preparation: ImagePreparation, pillow: Any) -> Tensor:
     try:
         with pillow.open(path) as picture:
-            return preparation.apply(picture)
+            return preparation.cut(picture)
     except MemoryError:
         raise
     except Exception as error:  # decoders of broken files raise much else than OSError

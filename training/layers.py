@@ -1,12 +1,16 @@
 """Layers whose forward product and input gradient use a sparse weight; the weight gradient is dense."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
+from tnm_pipeline.training.distributed import change_type, full, local, local_part, plain_type
 from tnm_pipeline.training.kernels.masked import masked_weight
+from tnm_pipeline.training.kernels.sampled_gradient import sampled_conv2d, sampled_linear
+from tnm_pipeline.training.kernels.semi_structured import PackedWeight, sparse_linear
 from tnm_pipeline.training.kernels.soft_threshold import matching_scale, soft_weight
 from tnm_pipeline.training.pattern import Pattern
 
@@ -19,15 +23,25 @@ class SparseLinear(nn.Linear):
         leak: 0-dim buffer, what is left of pruned weights; None: nothing.
         scale: 0-dim buffer, of a soft threshold; None: the mask prunes.
         soft: the pattern of the soft threshold.
+        sampled: whether the weight gradient is computed with a sample of the output gradient.
+        guard: the hook that keeps the layer from being bypassed.
+        packed: the weight for sparse products; None: all products are masked.
     """
 
     mask: Tensor
     leak: Tensor | None
     scale: Tensor | None
     soft: Pattern | None
+    sampled: bool
+    guard: RemovableHandle
+    packed: PackedWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # Linear's own name
         """(..., I) -> (..., O), as Linear."""
+        if self.packed is not None and self.packed.serves(input, self.weight, self.mask):
+            return sparse_linear(input, self.weight, self.packed, self.bias)
+        if self.sampled:
+            return sampled_linear(input, used_weight(self), self.bias)
         return F.linear(input, used_weight(self), self.bias)
 
 
@@ -38,9 +52,16 @@ class SparseConv2d(nn.Conv2d):
     leak: Tensor | None
     scale: Tensor | None
     soft: Pattern | None
+    sampled: bool
+    guard: RemovableHandle
+    packed: PackedWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # Conv2d's own name
         """(B, I, H, W) -> (B, O, H', W'), as Conv2d."""
+        if self.sampled:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            padded = F.pad(input, self._reversed_padding_repeated_twice, mode)
+            return sampled_conv2d(padded, used_weight(self), self.bias, self.stride, self.dilation)
         output: Tensor = self._conv_forward(input, used_weight(self), self.bias)
         return output
 
@@ -51,15 +72,26 @@ _SPARSE_OF: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: SparseLinear, n
 _PLAIN_OF = {sparse: plain for plain, sparse in _SPARSE_OF.items()}
 
 
-def used_weight(layer: SparseLayer) -> Tensor:
-    """What a layer multiplies with, of the weight's shape and dtype; its gradient goes straight to the weight."""
+def used_weight(layer: SparseLayer, weight: Tensor | None = None) -> Tensor:
+    """What a layer multiplies with, of the weight's shape and dtype; its gradient goes straight to the weight.
+
+    Args:
+        layer: whose mask.
+        weight: whole; None: the layer's own, which is whole in a forward pass.
+    """
+    weight = layer.weight if weight is None else weight
     if layer.scale is not None and layer.soft is not None:
-        return soft_weight(layer.weight, layer.scale, layer.soft)
-    return masked_weight(layer.weight, layer.mask, layer.leak)
+        return soft_weight(weight, layer.scale, layer.soft)
+    return masked_weight(weight, layer.mask, layer.leak)
 
 
 def make_sparse(
-    layer: nn.Module, mask: Tensor, *, leak: float | None = None, soft: Pattern | None = None
+    layer: nn.Module,
+    mask: Tensor,
+    *,
+    leak: float | None = None,
+    soft: Pattern | None = None,
+    sampled: bool = False,
 ) -> SparseLayer:
     """Turn a plain layer into its sparse twin in place: same object, same parameters, same names.
 
@@ -69,15 +101,23 @@ def make_sparse(
         leak: what is left of pruned weights at first; becomes the persistent buffer `leak`. None: nothing, ever.
         soft: row-wise pattern of a soft threshold, whose scale becomes the persistent buffer `scale`; the mask prunes
             nothing then.
+        sampled: compute the weight gradient with a sample of the output gradient; see `kernels/sampled_gradient.py`.
     """
     weight = layer.get_parameter("weight")
     layer.register_buffer("mask", mask)
     layer.register_buffer("leak", None if leak is None else torch.tensor(leak, device=weight.device))
-    layer.register_buffer("scale", None if soft is None else matching_scale(weight, soft))
-    layer.__class__ = _SPARSE_OF[type(layer)]
+    layer.register_buffer("scale", None if soft is None else matching_scale(full(weight), soft))
+    change_type(layer, _SPARSE_OF[plain_type(layer)])
     sparse = cast(SparseLayer, layer)
-    sparse.soft = soft
+    sparse.soft, sparse.sampled = soft, sampled
+    # In eval mode nn.TransformerEncoderLayer reads its layers' weights itself, mask or not, unless one of them has a
+    # forward hook.
+    sparse.guard = layer.register_forward_pre_hook(_do_nothing)
     return sparse
+
+
+def _do_nothing(*_: Any) -> None:
+    """A forward hook that is only there to be seen."""
 
 
 @torch.no_grad()
@@ -87,8 +127,11 @@ def make_plain(layer: SparseLayer) -> Tensor:
     Returns:
         The mask that the layer had; with a soft threshold, where the weight is not zero now.
     """
-    layer.weight.copy_(used_weight(layer))
-    mask = layer.mask if layer.soft is None else layer.weight.detach() != 0
-    del layer.mask, layer.leak, layer.scale, layer.soft
-    cast(nn.Module, layer).__class__ = _PLAIN_OF[type(layer)]
+    used = used_weight(layer, full(layer.weight))
+    local(layer.weight).copy_(local_part(used, layer.weight))
+    mask = layer.mask if layer.soft is None else used.detach() != 0
+    layer.guard.remove()
+    vars(layer).pop("packed", None)
+    del layer.mask, layer.leak, layer.scale, layer.soft, layer.sampled, layer.guard
+    change_type(layer, _PLAIN_OF[plain_type(layer)])
     return mask

@@ -34,6 +34,8 @@ class Recipe:
         dense_from: fraction after which the leak is 1: the training ends dense. None: it ends sparse.
         soft_threshold: kept weights shrink by the largest pruned magnitude of their group, so that the layer's weight
             is a continuous function of the dense one; along the inputs only. Masks then only measure the flip rate.
+        sampled_gradient: compute weight gradients with an unbiased 2:4 sample of the output gradient, so that this
+            third product can be sparse too; it adds noise, see `kernels/sampled_gradient.py`.
         from_dense: where a dense training comes first, begin with its weights instead of the initial ones.
         summary: what it is and which products can be sparse in the end, for people.
 
@@ -51,6 +53,7 @@ class Recipe:
     ramp: tuple[float, float] | None = None
     dense_from: float | None = None
     soft_threshold: bool = False
+    sampled_gradient: bool = False
     from_dense: bool = False
     summary: str = ""
 
@@ -85,6 +88,15 @@ class Recipe:
     def leaks(self) -> bool:
         """Whether pruned weights ever count."""
         return self.ramp is not None or self.ends_dense
+
+    @property
+    def why_masked(self) -> str | None:
+        """Why packed weights cannot stand in for the products of this recipe; None: they can."""
+        if self.soft_threshold:
+            return f"recipe {self.name} multiplies with weights that a soft threshold shrinks"
+        if self.sampled_gradient:
+            return "the output gradient is sampled, by a product of its own"
+        return None
 
     @property
     def ends_dense(self) -> bool:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from tnm_pipeline.training.distributed import plain_type
 from tnm_pipeline.training.layout import PRUNABLE
 from tnm_pipeline.training.pattern import Pattern
 
@@ -150,15 +151,15 @@ def _reason_of_rules(name: str, layer: nn.Module, rules: Selection) -> str | Non
 def _reason_of_kind(layer: nn.Module, patterns: Sequence[Pattern], rules: Selection) -> str | None:
     if "weight" not in dict(layer.named_parameters(recurse=False)):
         return "its weight is computed from other parameters: make it permanent first (torch.nn.utils.prune.remove ...)"
-    if type(layer) is NonDynamicallyQuantizableLinear:
+    if plain_type(layer) is NonDynamicallyQuantizableLinear:
         return (
             "a NonDynamicallyQuantizableLinear, whose weight nn.MultiheadAttention reads itself: "
             "write the attention with Linear layers"
         )
     if not layer.get_parameter("weight").is_floating_point():
         return f"its weight is {layer.get_parameter('weight').dtype}: quantized before it was made sparse"
-    if type(layer) not in PRUNABLE and not rules.subclasses:
-        return f"a {type(layer).__name__}: only plain Linear and Conv2d surely use their weight as is"
+    if plain_type(layer) not in PRUNABLE and not rules.subclasses:
+        return f"a {plain_type(layer).__name__}: only plain Linear and Conv2d surely use their weight as is"
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         return f"grouped convolution ({layer.groups} groups)"
     misfits = [misfit(layer, pattern) for pattern in patterns]

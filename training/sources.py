@@ -5,7 +5,7 @@ import inspect
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from tnm_pipeline.training.tasks import Classification, Task
 from tnm_pipeline.training.user_modules import import_user_module
 
 
@@ -30,12 +31,15 @@ class Splits:
     """Inputs and targets of a supervised task.
 
     Attributes:
-        train: (inputs, targets); inputs (S, ...) float, targets (S,) int64 class indices.
+        train: the inputs and, last, the targets; for a classification inputs (S, ...) float and targets (S,) int64
+            class indices.
         test: likewise; never trained on.
+        task: what is learned from them.
     """
 
     train: TensorDataset
     test: TensorDataset
+    task: Task = field(default_factory=Classification)
 
 
 def digits() -> Splits:
@@ -88,7 +92,7 @@ DATA: dict[str, Callable[..., Splits]] = {"digits": digits}
 HUB = "hf:"  # before a folder or a name on the Hugging Face hub
 _FORMS = {  # what a source can be beside a built-in name and module:function
     "model": "hf:FOLDER_OR_NAME",
-    "data": "an .npz file",
+    "data": "an .npz, .tsv or .csv file, a folder with train/ and test/",
     "calibration": "an .npz or .txt file, a folder of images, hf:FOLDER_OR_NAME",
 }
 
@@ -119,19 +123,34 @@ def load_data(source: str, arguments: Mapping[str, Any]) -> Splits:
     """Load training and test data.
 
     Args:
-        source: a built-in name (`digits`), a `.npz` file with x_train, y_train, x_test, y_test, or `module:function`
-            that returns `Splits` or those four arrays in that order.
-        arguments: keyword arguments of the function.
+        source: a built-in name (`digits`); a `.npz` file with x_train, y_train, x_test, y_test; a `.tsv` or `.csv` file
+            of sentence pairs, see `tnm_pipeline.training.pairs`; a folder of images in class folders, see
+            `tnm_pipeline.training.image_folder`; or `module:function` that returns `Splits` or those four arrays in
+            that order.
+        arguments: keyword arguments of the function, or of the file or folder.
 
     Raises:
         SourceError: not found, it raised, malformed, NaN inputs, targets that are not class indices, or one class.
+        MissingPackageError: the source needs a package that is not installed.
     """
+    if source.endswith((".tsv", ".csv")):
+        pairs = importlib.import_module("tnm_pipeline.training.pairs")  # which imports this module
+        check_arguments(pairs.load_pairs, source, {"source": source, **arguments}, "data")
+        splits: Splits = pairs.load_pairs(source, **arguments)
+        return splits
+    if source and Path(source).is_dir():
+        folders = importlib.import_module("tnm_pipeline.training.image_folder")  # likewise
+        images: Splits = folders.load_image_folder(Path(source), arguments)
+        return images
     if source.endswith(".npz"):
         if arguments:
             raise SourceError(f"data file {source} takes no arguments, got {dict(arguments)}")
         return _from_npz(Path(source))
     result = call_source(source, arguments, DATA, "data")
     if isinstance(result, Splits):
+        plain = type(result.train) is type(result.test) is TensorDataset
+        if not plain or not isinstance(result.task, Classification):
+            return result
         result = (*result.train.tensors, *result.test.tensors)
     if isinstance(result, tuple | list) and len(result) == 4:
         return _splits(source, *result)

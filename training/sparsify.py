@@ -1,55 +1,38 @@
 """One line in anybody's loop: swap layers in place, then ride on the optimizer's hooks."""
 
-import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tnm_pipeline.training.layers import SparseLayer, make_plain, make_sparse, used_weight
-from tnm_pipeline.training.masks import count_violations, kept_magnitude, solve
+from tnm_pipeline.training.backend import Backend, Packs, check_backend
+from tnm_pipeline.training.distributed import (
+    check_in_sync,
+    full,
+    local,
+    local_part,
+    refuse_flat_parameters,
+    refuse_foreign_parts,
+    reshard,
+)
+from tnm_pipeline.training.finalize import LayerReport, end_sparse, leak_of, make_all_plain, sparse_layers
+from tnm_pipeline.training.layers import SparseLayer, make_sparse
+from tnm_pipeline.training.masks import solve
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.recipes import Recipe, recipe_named
 from tnm_pipeline.training.selection import Selection, select
 from tnm_pipeline.training.telemetry import Refresh, Stopwatch, compare
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class OptimizerMismatchError(ValueError):
     """The optimizer steps other parameters than those of the layers that shall become sparse."""
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one prunable layer.
-
-    Attributes:
-        name: dotted module name.
-        type: `Linear` or `Conv2d`.
-        shape: of the weight.
-        pattern: text form; None when the layer stayed dense.
-        skipped: why it stayed dense; None otherwise.
-        kept_magnitude: sum of kept abs(w) over sum of abs(w), before the zeros were written; None when dense.
-        sparsity: fraction of weights that are zero.
-        violations: groups of W with more than N non-zeros; None when dense.
-        violations_transposed: groups of W^T with more than N non-zeros; None when dense or not transposable.
-    """
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    pattern: str | None
-    skipped: str | None
-    kept_magnitude: float | None
-    sparsity: float
-    violations: int | None
-    violations_transposed: int | None
-
-    def to_dict(self) -> dict[str, object]:
-        """The fields as JSON-able values."""
-        return asdict(self)
 
 
 class Sparsifier:
@@ -75,15 +58,23 @@ class Sparsifier:
         selection: which layers; default: all but the last.
         total_steps: optimizer steps of the whole training; without it masks never freeze, and a recipe that leaks
             refuses to begin.
+        process_group: the processes that train this model together; default: all that there are. That they have the
+            same masks is checked in the first step and after every update.
+        backend: `masked` multiplies with masked weights, on any device, the same bits each time; `sparse` with packed
+            2:4 weights on CUDA where it can; `auto` where that was measured to be faster. See `Packs`.
+        micro_batches: forward and backward passes for each optimizer step; only `auto` wants to know.
 
     Attributes:
         step: optimizer steps done.
         telemetry: one entry per mask update.
+        packs: the layers' packed weights; `packs.table()` says how each layer multiplies and why.
 
     Raises:
         PatternError: the text form is wrong.
         RecipeError: unknown recipe, or one that does not go with the pattern or without `total_steps`.
         OptimizerMismatchError: the optimizer does not hold a chosen weight that learns.
+        ShardingError: the weights are cut over processes otherwise than by FSDP2.
+        BackendError: unknown backend.
         ValueError: nothing to make sparse, or NaN weights.
     """
 
@@ -96,30 +87,45 @@ class Sparsifier:
         *,
         selection: Selection | None = None,
         total_steps: int | None = None,
+        process_group: "ProcessGroup | None" = None,
+        backend: Backend = "masked",
+        micro_batches: int = 1,
     ) -> None:
+        check_backend(backend)
+        refuse_flat_parameters(model)
+        reshard(model)
         self.model = model
         self.pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
         self.recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
         self.recipe.check_pattern(self.pattern)
         self.recipe.check_length(total_steps)
         self.choice = select(model, self.pattern, selection)
+        refuse_foreign_parts({name: model.get_submodule(name) for name in self.choice.chosen})
         _check_holds(optimizer, {name: self._weight(name) for name in self.choice.chosen})
         self.total_steps = total_steps
         self.step = 0
+        self._process_group = process_group
+        self._checked = False  # before the first step: until then DDP may be sending weights and masks around
+        self._counting = True
         self.telemetry: list[Refresh] = []
-        masks = {name: self._solve(name) for name in self.choice.chosen}  # all of them, before the model changes
+        # all of them, before the model changes
+        masks = {name: self._solve(name, full(self._weight(name))) for name in self.choice.chosen}
         leak = self.leak if self.recipe.leaks else None
         soft = self.pattern if self.recipe.soft_threshold else None
         self._layers: dict[str, SparseLayer] = {
-            name: make_sparse(model.get_submodule(name), mask, leak=leak, soft=soft) for name, mask in masks.items()
+            name: make_sparse(
+                model.get_submodule(name), mask, leak=leak, soft=soft, sampled=self.recipe.sampled_gradient
+            )
+            for name, mask in masks.items()
         }
+        self.packs = Packs(
+            self._layers, self.pattern, backend, micro_batches=micro_batches, never=self.recipe.why_masked
+        )
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            # In eval mode nn.TransformerEncoderLayer reads its layers' weights itself, mask or not, unless one of
-            # them has a forward hook.
-            *(layer.register_forward_pre_hook(_do_nothing) for layer in self._layers.values()),
         ]
+        self._since_refresh = self._stopwatch()
 
     @property
     def leak(self) -> float:
@@ -129,9 +135,9 @@ class Sparsifier:
     def _weight(self, name: str) -> nn.Parameter:
         return self.model.get_submodule(name).get_parameter("weight")
 
-    def _solve(self, name: str) -> Tensor:
+    def _solve(self, name: str, weight: Tensor) -> Tensor:
         try:
-            return solve(self._weight(name), self.pattern, self.recipe.solver)
+            return solve(weight, self.pattern, self.recipe.solver)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
 
@@ -139,6 +145,12 @@ class Sparsifier:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Pull now, or where the gradient is computed inside the step, by a closure, after that."""
+        if not self._counting:
+            return None
+        if not self._checked:
+            _check_holds(optimizer, {name: self._weight(name) for name in self._layers})
+            check_in_sync(self.step, self.masks(), self._process_group)
+            self._checked = True
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._pull(optimizer)
@@ -161,13 +173,18 @@ class Sparsifier:
         scale = getattr(optimizer, "grad_scale", None)
         for layer in self._layers.values():
             if layer.weight.grad is not None:
-                pull = strength * layer.weight * ~layer.mask
-                layer.weight.grad.add_(pull if scale is None else pull * scale)
+                weight, mask = local(layer.weight), local_part(layer.mask, layer.weight)
+                scaled = weight if scale is None else weight * scale
+                # As bytes: see `masked_weight`.
+                local(layer.weight.grad).addcmul_(scaled, (~mask).view(torch.uint8), value=strength)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         # Likewise it lets a fused optimizer skip a step by itself, and says so like this.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and float(overflow) > 0:
+            return
+        if not self._counting:
+            self.packs.after_step(self.leak)
             return
         before = self.leak
         self.step += 1
@@ -175,6 +192,7 @@ class Sparsifier:
             self._write_leak()
         if self.recipe.refreshes(self.step, self.total_steps):
             self.refresh()
+        self.packs.after_step(self.leak)
 
     def _write_leak(self) -> None:
         for layer in self._layers.values():
@@ -188,14 +206,21 @@ class Sparsifier:
         Returns:
             What changed, which `telemetry` keeps.
         """
-        watch = Stopwatch(layer.weight.device for layer in self._layers.values())
+        reshard(self.model)
+        watch = self._stopwatch()
         changes = []
         for name, layer in self._layers.items():
-            mask = self._solve(name)
-            changes.append(compare(layer.weight, layer.mask, mask))
+            weight = full(layer.weight)
+            mask = self._solve(name, weight)
+            changes.append(compare(weight, layer.mask, mask))
             layer.mask.copy_(mask)
-        self.telemetry.append(Refresh.of(self.step, changes, watch))
+        check_in_sync(self.step, self.masks(), self._process_group)
+        self.telemetry.append(Refresh.of(self.step, changes, watch, self._since_refresh))
+        self._since_refresh = self._stopwatch()
         return self.telemetry[-1]
+
+    def _stopwatch(self) -> Stopwatch:
+        return Stopwatch(layer.weight.device for layer in self._layers.values())
 
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> bool mask of the weight's shape (not copies), as of the last update."""
@@ -218,56 +243,57 @@ class Sparsifier:
         self.step = int(state["step"])
         self.telemetry = [Refresh(**refresh) for refresh in state["telemetry"]]
         self._write_leak()
+        self._checked = False
+        self._since_refresh = self._stopwatch()
+        self.packs.after_step(self.leak)
 
-    def finalize(self) -> tuple[list[LayerReport], dict[str, Tensor]]:
-        """Write what layers multiply with into their weights, verify W and W^T, and give the plain model back.
+    @contextmanager
+    def ignoring_steps(self) -> Iterator[None]:
+        """Steps that the optimizer makes in here are none of the training: no pull, no count, no new masks."""
+        self._counting = False
+        try:
+            yield
+        finally:
+            self._counting = True
+
+    def finalize(
+        self, copy: nn.Module | None = None, *, strict: bool = True
+    ) -> tuple[list[LayerReport], dict[str, Tensor]]:
+        """Write what layers multiply with into their weights, verify W and W^T, and give plain layers back.
 
         A recipe that ended dense writes no zeros: its layers count as skipped, without a pattern and without a mask.
+
+        Args:
+            copy: finalize this copy of the model instead, such as the `module` of an `AveragedModel`: with the masks
+                that the copy has, and before or after the model itself, which goes on as it is.
+            strict: refuse to prune weights that still count, and to end a recipe before its dense tail; False: warn.
 
         Returns:
             A row for every prunable layer, chosen or skipped, and the masks by layer name.
 
         Raises:
+            UnfinishedTrainingError: it is too early; nothing has changed, so training may go on.
+            MaskError: a mask breaks the pattern, or the copy has none; nothing has changed.
             RuntimeError: called a second time.
             AssertionError: a weight breaks its pattern after its zeros were written (a bug).
         """
-        if not self._layers:
+        if copy is None and not self._layers:
             raise RuntimeError("finalize() was called before: the model is plain and its zeros are written")
-        for hook in self._hooks:
-            hook.remove()
-        layers, self._layers = self._layers, {}
-        dense = {}
-        if self.recipe.ends_dense and _leak_of(layers) == 1.0:
-            dense = dict.fromkeys(layers, f"recipe {self.recipe.name} ends dense")
+        model = self.model if copy is None else copy
+        reshard(model)
+        layers = sparse_layers(model, self.choice.chosen)
+        dense = None
+        if self.recipe.ends_dense and leak_of(layers) == 1.0:
+            dense = f"recipe {self.recipe.name} ends dense"
         else:
-            self._close_the_leak(layers)
-        kept = {name: kept_magnitude(layer.weight, used_weight(layer) != 0) for name, layer in layers.items()}
-        masks = {name: make_plain(layer) for name, layer in layers.items()}
-        if dense:
-            kept, masks = {}, {}
-        return report_layers(self.model, self.pattern, kept, self.choice.skipped | dense), masks
-
-    def _close_the_leak(self, layers: Mapping[str, SparseLayer]) -> None:
-        leak = _leak_of(layers)  # of the weights that are there, which may be those of an earlier step
-        if leak > 0:
-            warnings.warn(
-                f"finalize() after step {self.step} of {self.total_steps}, while pruned weights still count "
-                f"{leak:.0%}: they become zero now, which changes what the model computes; train on, or give the "
-                "total_steps that are really taken, or keep the weights of the end rather than earlier ones",
-                stacklevel=3,
-            )
-        if self.recipe.ends_dense:
-            warnings.warn(
-                f"finalize() before the dense tail of recipe {self.recipe.name}: the model stays sparse",
-                stacklevel=3,
-            )
-        for layer in layers.values():
-            if layer.leak is not None:
-                layer.leak.zero_()
-
-
-def _leak_of(layers: Mapping[str, SparseLayer]) -> float:
-    return max((float(layer.leak) for layer in layers.values() if layer.leak is not None), default=0.0)
+            when = f"after step {self.step} of {self.total_steps}"
+            end_sparse(layers, self.pattern, self.recipe, when, strict=strict)
+        if copy is None:
+            for hook in self._hooks:
+                hook.remove()
+            self.packs.remove()
+            self._layers = {}
+        return make_all_plain(model, layers, self.pattern, self.choice.skipped, dense)
 
 
 def _check_holds(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
@@ -281,47 +307,7 @@ def _check_holds(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -> N
     if missing:
         raise OptimizerMismatchError(
             f"the optimizer does not hold the weights of {', '.join(missing)} ({len(missing)} of {len(weights)} chosen "
-            "layers): it was made for other parameters, or before something replaced them. Make it from this model's "
-            "parameters, freeze these layers (requires_grad_(False)), or exclude them: Selection(exclude=...)"
+            "layers): it was made for other parameters, or before something (fully_shard) replaced them. Make it from "
+            "this model's parameters, freeze these layers (requires_grad_(False)), or exclude them: "
+            "Selection(exclude=...)"
         )
-
-
-def _do_nothing(*_: Any) -> None:
-    """A forward hook that is only there to be seen."""
-
-
-def report_layers(
-    model: nn.Module, pattern: Pattern, kept: dict[str, float], skipped: dict[str, str]
-) -> list[LayerReport]:
-    """One row per prunable layer of a plain model whose zeros are written.
-
-    Args:
-        model: plain.
-        pattern: that the layers named in `kept` must hold.
-        kept: layer name -> kept magnitude.
-        skipped: layer name -> reason.
-
-    Raises:
-        AssertionError: a weight breaks the pattern; names the layer.
-    """
-    rows = []
-    for name, layer in model.named_modules():
-        if name not in kept and name not in skipped:
-            continue
-        weight = cast(Tensor, layer.weight).detach()
-        violations = count_violations(weight, pattern) if name in kept else None
-        assert violations is None or violations.of(pattern) == 0, f"{name} breaks {pattern}: {violations}"
-        rows.append(
-            LayerReport(
-                name=name,
-                type=type(layer).__name__,
-                shape=tuple(weight.shape),
-                pattern=str(pattern) if violations else None,
-                skipped=skipped.get(name),
-                kept_magnitude=kept.get(name),
-                sparsity=float((weight == 0).double().mean()),
-                violations=violations.forward if violations else None,
-                violations_transposed=violations.transposed if violations and pattern.transposable else None,
-            )
-        )
-    return rows

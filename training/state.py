@@ -5,6 +5,7 @@ Tensors go under `model/`, `optimizer/` and `rng/`, everything else into the JSO
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,13 @@ def save_state(path: Path, model: nn.Module, optimizer: Optimizer, progress: dic
                 tensors[f"optimizer/{index}/{key}"] = value.detach().cpu().clone()
             else:
                 scalars.setdefault(str(index), {})[key] = value
-    tensors["rng/torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        for device, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"rng/cuda/{device}"] = state
-    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002  # user code may draw from the global generator
+    generators, generator_record = random_state()
     record = {
         "progress": progress,
         "optimizer": {"param_groups": packed["param_groups"], "scalars": scalars},
-        "rng": {"python": random.getstate(), "numpy": _jsonable(numpy_state)},
+        "rng": generator_record,
     }
-    write_atomically(path, serialize(tensors, metadata={_RECORD: json.dumps(record)}))
+    write_atomically(path, serialize(tensors | generators, metadata={_RECORD: json.dumps(record)}))
 
 
 def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -82,16 +79,35 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, 
     for index, values in record["optimizer"]["scalars"].items():
         state.setdefault(int(index), {}).update(values)
     optimizer.load_state_dict({"state": state, "param_groups": record["optimizer"]["param_groups"]})
+    set_random_state(tensors, record["rng"])
+    progress: dict[str, Any] = record["progress"]
+    return progress
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The global generators of this process: those of torch as tensors named `rng/...`, the others JSON-able."""
+    tensors = {"rng/torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"rng/cuda/{device}": state for device, state in enumerate(torch.cuda.get_rng_state_all())}
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002  # user code may draw from the global generator
+    return tensors, {"python": random.getstate(), "numpy": _jsonable(numpy_state)}
+
+
+def set_random_state(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Undo `random_state`.
+
+    Args:
+        tensors: the first of its results; further ones are ignored.
+        record: the second.
+    """
     torch.set_rng_state(tensors["rng/torch"])
     if torch.cuda.is_available():
         for device in range(torch.cuda.device_count()):
             if f"rng/cuda/{device}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"rng/cuda/{device}"], device)
-    version, internal, gauss = record["rng"]["python"]
+    version, internal, gauss = record["python"]
     random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(record["rng"]["numpy"])  # noqa: NPY002  # as in save_state
-    progress: dict[str, Any] = record["progress"]
-    return progress
+    np.random.set_state(record["numpy"])  # noqa: NPY002  # as in random_state
 
 
 def _jsonable(value: Any) -> Any:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tnm_pipeline.training.masks.change import count_change
+
 
 @dataclass(frozen=True)
 class Refresh:
@@ -18,6 +20,8 @@ class Refresh:
         kept_magnitude: sum of kept abs(w) over sum of abs(w), over all layers; 1 where all weights are zero.
         density: fraction of mask entries that are `True`.
         seconds: that the update took, these figures included.
+        share: the same as a fraction of all the time since the update before, or since the Sparsifier was made or its
+            state was loaded: what masks add to the steps, and to all that happens between them.
     """
 
     step: int
@@ -25,23 +29,27 @@ class Refresh:
     kept_magnitude: float
     density: float
     seconds: float
+    share: float
 
     @classmethod
-    def of(cls, step: int, changes: Sequence[Tensor], watch: "Stopwatch") -> "Refresh":
+    def of(cls, step: int, changes: Sequence[Tensor], watch: "Stopwatch", interval: "Stopwatch") -> "Refresh":
         """Sum up.
 
         Args:
             step: optimizer steps done.
             changes: of `compare`, one per layer.
             watch: started before the update.
+            interval: started after the update before.
         """
         flipped, kept, entries, kept_sum, whole_sum = torch.stack([change.cpu() for change in changes]).sum(0).tolist()
+        seconds = watch.seconds()
         return cls(
             step=step,
             flip_rate=flipped / entries,
             kept_magnitude=kept_sum / whole_sum if whole_sum else 1.0,
             density=kept / entries,
-            seconds=watch.seconds(),
+            seconds=seconds,
+            share=seconds / interval.seconds(),
         )
 
 
@@ -56,6 +64,9 @@ def compare(weight: Tensor, before: Tensor, after: Tensor) -> Tensor:
     Returns:
         (5,) float64: entries that flipped, entries kept, entries, sum of kept abs(w), sum of abs(w).
     """
+    if weight.device.type == "cpu":
+        differing, keeping, kept, whole = count_change(weight, before, after)
+        return torch.tensor([differing, keeping, after.numel(), kept, whole], dtype=torch.float64)
     magnitude = weight.detach().abs()
     sums = (
         (before ^ after).count_nonzero(),

@@ -20,9 +20,11 @@ from tnm_pipeline.training.sources import (
     Splits,
     call_source,
     check_arguments,
+    load_data,
     npz_arrays,
     user_errors,
 )
+from tnm_pipeline.training.tasks import Similarity
 
 Settings = TypeVar("Settings")
 _KIND = "calibration"
@@ -38,7 +40,9 @@ def load_calibration(
         `FILE.npz`: `x_train` or `x`, one float32 tensor for the model; else every array by name (float32, int64 or
             bool), as keyword arguments of the model's forward, such as `input_ids` and `attention_mask`.
         `FILE.txt`: UTF-8, a sentence a line, empty lines left out; `tokenizer`, `max_length`: see `Tokenization`.
-        a folder: its images; `size`, `resize`, `mean`, `std`: see `ImagePreparation`.
+        `FILE.tsv`, `FILE.csv`: the sentences of the training pairs; arguments as for training.
+        a folder: its images; `size`, `resize`, `mean`, `std`: see `ImagePreparation`. Of a folder with `train/` and
+            `test/` only the former; `flip` and `pad`, for training, are left out.
         `hf:FOLDER_OR_NAME`: `split`, `subset`, `column`, and what its content needs: text as for a text file, images
             as for a folder; a list of columns goes to the model by name.
         a built-in name or `module:function`: `Splits` or (x_train, y_train, x_test, y_test), one tensor, tensors by
@@ -87,6 +91,8 @@ def _reader(source: str) -> _Reader:
         return _from_npz
     if source.endswith(".txt"):
         return _from_text
+    if source.endswith((".tsv", ".csv")):
+        return _from_pairs
     if source.startswith(HUB):
         return _from_dataset
     return _from_folder if source and Path(source).is_dir() else _from_function
@@ -119,9 +125,26 @@ def _from_text(source: str, arguments: Mapping[str, Any], draw: Draw) -> list[Ba
     return _sentences([sentences[index] for index in draw.choose(len(sentences))], tokenization, draw)
 
 
+def _from_pairs(source: str, arguments: Mapping[str, Any], draw: Draw) -> list[Batch]:
+    return _of_pairs(source, load_data(source, arguments), draw)
+
+
+def _of_pairs(source: str, data: Splits, draw: Draw) -> list[Batch]:
+    assert isinstance(data.task, Similarity)
+    tensors = dict(zip(data.task.names, (tensor.flatten(0, 1) for tensor in data.train.tensors[:-1]), strict=True))
+    tokens = tensors["attention_mask"].sum(1).tolist()
+    chosen = draw.choose(len(tokens))
+    rows = [{name: tensor[row, : tokens[row]].tolist() for name, tensor in tensors.items()} for row in chosen]
+    return draw.by_length(source, rows)
+
+
 def _from_folder(source: str, arguments: Mapping[str, Any], draw: Draw) -> list[Batch]:
+    folder = Path(source)
+    if all((folder / part).is_dir() for part in ("train", "test")):
+        folder /= "train"
+        arguments = {name: value for name, value in arguments.items() if name not in ("flip", "pad")}
     preparation = _settings(ImagePreparation, source, arguments)
-    files = image_files(Path(source))
+    files = image_files(folder)
     return [read_images([files[index] for index in batch], preparation) for batch in draw.batches(len(files))]
 
 
@@ -170,7 +193,9 @@ def _values(source: str, table: Any, rows: list[int], column: str) -> list[Any]:
 def _from_function(source: str, arguments: Mapping[str, Any], draw: Draw) -> list[Batch]:
     result = call_source(source, arguments, DATA, _KIND)
     if isinstance(result, Splits):
-        result = result.train.tensors[0]
+        if isinstance(result.task, Similarity):
+            return _of_pairs(source, result, draw)
+        result = result.train[:][0]
     elif isinstance(result, tuple) and len(result) == 4:
         return draw.cut(source, as_tensor(f"{source}: x_train", result[0]), Tensor.float)  # as for training
     if isinstance(result, Tensor | np.ndarray):

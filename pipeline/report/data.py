@@ -9,6 +9,7 @@ from typing import Any
 from tnm_pipeline.engines.errors import ArtifactRejected
 from tnm_pipeline.pipeline.cache import StageCache
 from tnm_pipeline.pipeline.config import Config, load_config
+from tnm_pipeline.pipeline.metrics import Metric, metric_of, score_of
 from tnm_pipeline.pipeline.report.layers import LayerRow, layer_rows
 from tnm_pipeline.pipeline.stages import CHECKPOINT, RESULT, Stage, stages_of
 
@@ -36,11 +37,11 @@ class StageState:
 
 @dataclass(frozen=True)
 class Score:
-    """The test accuracy, in [0, 1], of one checkpoint or artifact; `pattern` is text for a person."""
+    """The run's metric on the test set, of one checkpoint or artifact; `pattern` is text for a person."""
 
     label: str
     pattern: str
-    accuracy: float
+    value: float
     exported: bool = False
 
 
@@ -50,7 +51,7 @@ class Curves:
 
     label: str
     loss: tuple[tuple[int, float], ...]
-    accuracy: tuple[tuple[int, float], ...]
+    score: tuple[tuple[int, float], ...]
     flip_rate: tuple[tuple[int, float], ...]
 
 
@@ -109,22 +110,27 @@ class Run:
         return not self.config.labelled
 
     @property
+    def metric(self) -> Metric:
+        """What everything is scored by."""
+        return metric_of(self.results.values())
+
+    @property
     def samples(self) -> int | None:
         """Size of the test set; None before `verify`, which is the first to write it down."""
         return self.results["verify"]["samples"] if "verify" in self.results else None
 
     @property
-    def dense_accuracy(self) -> float | None:
-        """Of the dense baseline, in [0, 1]; None where it was not scored."""
-        return self.results["dense"]["accuracy"] if "dense" in self.results else None
+    def dense_score(self) -> float | None:
+        """Of the dense baseline; None where it was not scored."""
+        return score_of(self.results["dense"]) if "dense" in self.results else None
 
     @property
-    def sparse_accuracy(self) -> float | None:
-        """Of the exported sparse model, in ONNX fp32 where that was scored; in [0, 1]; None where it was not."""
+    def sparse_score(self) -> float | None:
+        """Of the exported sparse model, in ONNX fp32 where that was scored; None where it was not."""
         if "verify" in self.results:
             return float(self.results["verify"]["accuracy"]["onnx fp32"])
         maker = "best" if "best" in self.results else self.route
-        return self.results[maker]["accuracy"] if maker else None
+        return score_of(self.results[maker]) if maker else None
 
     @property
     def latency(self) -> Mapping[str, Mapping[str, Any]]:
@@ -207,7 +213,7 @@ def _route(results: _Results) -> str | None:
     if "best" in results:
         return str(results["best"]["route"])
     made = [route for route in _ROUTES if route in results]
-    return max(made, key=lambda route: results[route]["accuracy"] or 0.0) if made else None
+    return max(made, key=lambda route: score_of(results[route]) or 0.0) if made else None
 
 
 def _scores(config: Config, results: _Results, route: str | None) -> Iterator[Score]:
@@ -222,11 +228,12 @@ def _scores(config: Config, results: _Results, route: str | None) -> Iterator[Sc
         "convert-unstructured": (f"converted from the pruned one ({config.convert.method})", candidates),
     }
     for stage, (label, text) in labels.items():
-        if stage in results and results[stage]["accuracy"] is not None:
-            exported = stage == route and "best" in results
-            yield Score(label, text, results[stage]["accuracy"], exported)
-    if route == "given":
-        yield Score("sparse checkpoint, given", "", results["best"]["accuracy"], exported=True)
+        score = score_of(results[stage]) if stage in results else None
+        if score is not None:
+            yield Score(label, text, score, exported=stage == route and "best" in results)
+    given_score = score_of(results["best"]) if route == "given" else None
+    if given_score is not None:
+        yield Score("sparse checkpoint, given", "", given_score, exported=True)
     checked = results["verify"]["accuracy"] if "verify" in results else {}
     for key, label in (("onnx fp32", "ONNX fp32"), ("onnx fp16", "ONNX fp16")):
         if key in checked:
@@ -237,10 +244,11 @@ def _scores(config: Config, results: _Results, route: str | None) -> Iterator[Sc
 
 def _curves(config: Config, results: _Results) -> Iterator[Curves]:
     for stage, label in (("dense", "dense"), ("train", f"sparse, {config.sparsity.pattern}")):
-        history = results.get(stage, {}).get("history")
+        result = results.get(stage, {})
+        history = result.get("history")
         if history:
             points = {name: tuple((step, value) for step, value in history[name]) for name in history}
-            yield Curves(label, points["loss"], points["accuracy"], points["flip_rate"])
+            yield Curves(label, points["loss"], points[metric_of([result]).key], points["flip_rate"])
 
 
 def _sparse_plan(results: _Results) -> Mapping[str, Any] | None:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from tnm_pipeline.pipeline.metrics import Metric
 from tnm_pipeline.pipeline.report.alternatives import Alternatives
 from tnm_pipeline.pipeline.report.data import Curves, Score
 from tnm_pipeline.training.pattern import Pattern
 
 _DENSE, _SPARSE, _OTHER, _THIRD = "#8b919a", "#3b82f6", "#0f9d8a", "#d97706"  # legible on white and on near-black
-_SPAN = 10.0  # points: no accuracy axis is shorter, or a sample's worth of noise would look like a cliff
+_SPAN = 10.0  # points: no axis of scores is shorter, or a sample's worth of noise would look like a cliff
 _Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 
 
@@ -38,41 +39,43 @@ class MaskPicture:
     violations: int
 
 
-def accuracy_figure(scores: Sequence[Score], samples: int | None) -> dict[str, Any]:
+def score_figure(scores: Sequence[Score], metric: Metric, samples: int | None) -> dict[str, Any]:
     """One dot per score, dense as a line through all of them, with intervals where the test set's size is known.
 
     Args:
         scores: dense first.
-        samples: of the test set; None leaves the intervals out.
+        metric: what they are.
+        samples: of the test set, for accuracies; None leaves the intervals out.
     """
-    intervals = [_wilson(score.accuracy, samples) if samples else (score.accuracy, score.accuracy) for score in scores]
-    low, high = _span(100 * min(low for low, _ in intervals), 100 * max(high for _, high in intervals))
+    scale = metric.scale
+    intervals = [_wilson(score.value, samples) if samples else (score.value, score.value) for score in scores]
+    ends = _span(100 * min(low for low, _ in intervals), 100 * max(high for _, high in intervals))
     trace = {
         "type": "scatter",
         "mode": "markers",
-        "x": [100 * score.accuracy for score in scores],
+        "x": [scale * score.value for score in scores],
         "y": list(range(len(scores))),
         "text": [score.label for score in scores],
         "marker": {"size": 11, "color": [_color(score) for score in scores]},
-        "hovertemplate": "%{text}: %{x:.2f}%<extra></extra>",
+        "hovertemplate": "%{text}: %{x:.2f}%<extra></extra>" if scale == 100 else "%{text}: %{x:.4f}<extra></extra>",
     }
     if samples:
         trace["error_x"] = {
             "type": "data",
             "symmetric": False,
-            "array": [100 * (high - score.accuracy) for score, (_, high) in zip(scores, intervals, strict=True)],
-            "arrayminus": [100 * (score.accuracy - low) for score, (low, _) in zip(scores, intervals, strict=True)],
+            "array": [scale * (high - score.value) for score, (_, high) in zip(scores, intervals, strict=True)],
+            "arrayminus": [scale * (score.value - low) for score, (low, _) in zip(scores, intervals, strict=True)],
             "thickness": 1.2,
             "width": 4,
             "color": _DENSE,
         }
-    dense = [100 * score.accuracy for score in scores if score.pattern == "dense"][:1]
+    dense = [scale * score.value for score in scores if score.pattern == "dense"][:1]
     layout = {
         **_LAYOUT,
         "margin": {**_LAYOUT["margin"], "l": 12},
         "height": 80 + 44 * len(scores),
         "showlegend": False,
-        "xaxis": _axis("test accuracy, %", range=[low, high]),
+        "xaxis": _axis(f"test {metric.axis}", range=[scale * end / 100 for end in ends]),
         "yaxis": _axis(None, range=[len(scores) - 0.6, -0.9], showgrid=False, showticklabels=False),
         # Labels stand above their dots, not beside them: on a phone they would leave no room for the plot.
         "annotations": [_label(score.label, row) for row, score in enumerate(scores)],
@@ -92,13 +95,13 @@ def accuracy_figure(scores: Sequence[Score], samples: int | None) -> dict[str, A
     return {"data": [trace], "layout": layout}
 
 
-def curves_figure(curves: Sequence[Curves]) -> dict[str, Any]:
-    """Training loss (log), test accuracy and flip rate over optimizer steps, one under the other."""
+def curves_figure(curves: Sequence[Curves], metric: Metric) -> dict[str, Any]:
+    """Training loss (log), test score and flip rate over optimizer steps, one under the other."""
     traces = []
     for curve in curves:
         color = _DENSE if curve.label == "dense" else _SPARSE
         for number, (points, scale) in enumerate(
-            ((curve.loss, 1), (curve.accuracy, 100), (curve.flip_rate, 100)), start=1
+            ((curve.loss, 1), (curve.score, metric.scale), (curve.flip_rate, 100)), start=1
         ):
             if not points:
                 continue
@@ -126,7 +129,7 @@ def curves_figure(curves: Sequence[Curves]) -> dict[str, Any]:
         "hovermode": "closest",
         "xaxis": _axis("optimizer step", anchor="y3"),
         "yaxis": _axis("training loss (log)", domain=[0.70, 1.0], type="log", exponentformat="none", nticks=6),
-        "yaxis2": _axis("test accuracy, %", domain=[0.35, 0.65]),
+        "yaxis2": _axis(f"test {metric.axis}", domain=[0.35, 0.65]),
         "yaxis3": _axis("mask flips, %", domain=[0.0, 0.30], rangemode="tozero"),
     }
     return {"data": traces, "layout": layout}

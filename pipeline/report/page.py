@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 from tnm_pipeline.export.environment import environment
 from tnm_pipeline.pipeline.report.alternatives import alternatives
 from tnm_pipeline.pipeline.report.data import Run, read_run
-from tnm_pipeline.pipeline.report.figures import accuracy_figure, alternatives_figure, curves_figure, mask_pictures
+from tnm_pipeline.pipeline.report.figures import alternatives_figure, curves_figure, mask_pictures, score_figure
 from tnm_pipeline.pipeline.report.verdict import missing, remarks, verdict
 from tnm_pipeline.training.atomic import write_atomically
 from tnm_pipeline.training.pattern import Pattern
@@ -47,12 +47,12 @@ def _html(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    jinja.filters |= {"percent": _percent, "points": _points, "size": _size, "scientific": _scientific, "time": _time}
+    jinja.filters |= {"percent": _percent, "size": _size, "scientific": _scientific, "time": _time}
     figures: dict[str, Any] = {}
     if run.scores:
-        figures["accuracy"] = accuracy_figure(run.scores, run.samples)
+        figures["scores"] = score_figure(run.scores, run.metric, run.samples)
     if run.curves:
-        figures["curves"] = curves_figure(run.curves)
+        figures["curves"] = curves_figure(run.curves, run.metric)
     others = alternatives(run)
     if others:
         figures["alternatives"] = alternatives_figure(others)
@@ -91,10 +91,6 @@ def _command(run: Run) -> str:
 
 def _percent(share: float, digits: int = 2) -> str:
     return f"{share:.{digits}%}"
-
-
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.2f}"
 
 
 def _size(count: int) -> str:

@@ -13,10 +13,10 @@ _RUNTIMES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
 
 
 def verdict(run: Run) -> str:
-    """One sentence: accuracy, whether the pattern holds, latency. Only what was measured."""
+    """One sentence: the score, whether the pattern holds, latency. Only what was measured."""
     if not run.scores and not run.layers:
         return "Nothing was trained, converted or exported yet."
-    sentence = "; ".join([_accuracy(run), *_pattern(run), *_latency(run)])
+    sentence = "; ".join([_score(run), *_pattern(run), *_latency(run)])
     return sentence[0].upper() + sentence[1:] + "."
 
 
@@ -50,11 +50,11 @@ def remarks(run: Run) -> Iterator[str]:
     candidates = run.results.get("best", {}).get("candidates", {})
     if len(candidates) > 1:
         yield (
-            f"The exported route is the best of {len(candidates)} on this same test set, so its accuracy is slightly "
-            "optimistic; score it on data that chose nothing before you rely on it."
+            f"The exported route is the best of {len(candidates)} on this same test set, so its {run.metric.name} is "
+            "slightly optimistic; score it on data that chose nothing before you rely on it."
         )
     recipe = RECIPES[run.config.train.recipe]
-    if run.route == "train" and recipe.lr_scale != 1 and run.dense_accuracy is not None:
+    if run.route == "train" and recipe.lr_scale != 1 and run.dense_score is not None:
         yield (
             f"The recipe {recipe.name} trained at {recipe.lr_scale:g} times the learning rate of the dense baseline, "
             "which may gain from that rate too: try train.lr on both."
@@ -83,8 +83,9 @@ def missing(run: Run, stage: str, what: str) -> str:
     return f"{what}: the stage {stage} was not run; the command at the end runs it."
 
 
-def _accuracy(run: Run) -> str:
-    sparse, dense = run.sparse_accuracy, run.dense_accuracy
+def _score(run: Run) -> str:
+    sparse, dense, metric = run.sparse_score, run.dense_score, run.metric
+    name = "" if metric.scale == 100 else f" {metric.name}"
     if sparse is None and run.unlabelled and run.route:
         errors = run.results[run.route]
         return (
@@ -92,18 +93,19 @@ def _accuracy(run: Run) -> str:
             f"{errors['mean_error']:.1%} on average, {errors['mean_error_own']:.1%} by itself"
         )
     if sparse is None:
-        baseline = "" if dense is None else f"dense scores {dense:.1%}, and "
+        baseline = "" if dense is None else f"dense scores{name} {metric.text(dense, 1)}, and "
         return f"{baseline}no sparse checkpoint was made yet"
     if dense is None:
         given = "the given " if run.route == "given" else "the "
-        return f"{given}{run.pattern} checkpoint scores {sparse:.1%}, with no dense twin to compare it with"
-    gap = f"{100 * (sparse - dense):+.1f} points"
+        scores = f"scores{name} {metric.text(sparse, 1)}"
+        return f"{given}{run.pattern} checkpoint {scores}, with no dense twin to compare it with"
+    gap = metric.gap(sparse - dense, 1) + (" points" if metric.scale == 100 else "")
     if run.samples:
         gap += f", {abs(round(run.samples * (sparse - dense)))} of {run.samples} test samples"
     allowed = run.config.verify.max_drop
-    if 100 * (dense - sparse) > allowed:
+    if metric.scale == 100 and 100 * (dense - sparse) > allowed:
         return f"{run.pattern} fell to {sparse:.1%} from {dense:.1%} dense ({gap}; at most -{allowed:g} was allowed)"
-    return f"{run.pattern} kept {sparse:.1%} against {dense:.1%} dense ({gap})"
+    return f"{run.pattern} kept{name} {metric.text(sparse, 1)} against {metric.text(dense, 1)} dense ({gap})"
 
 
 def _pattern(run: Run) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Configurations: everything that is valid survives being written down; everything else is named by its place."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -152,3 +153,14 @@ def test_a_recipe_is_only_refused_where_it_would_be_used(overrides: list[str]) -
 def test_a_conversion_chooses_from_its_own_patterns_if_it_has_any() -> None:
     assert load_config(None, ["sparsity.pattern=4:8"]).candidates == ("4:8",)
     assert load_config(None, ["convert.patterns=['2:4-T', '2:4']"]).candidates == ("2:4-T", "2:4")
+
+
+def test_a_recipe_is_changed_by_keys_of_its_own() -> None:
+    assert Config().train.full_recipe() == RECIPES["dynamic"]
+    train = TrainSection(recipe="gradual", decay=5e-4, sampled_gradient=True)
+    assert train.full_recipe() == replace(RECIPES["gradual"], decay=5e-4, sampled_gradient=True)
+
+
+def test_a_change_that_a_recipe_does_not_take_is_named() -> None:
+    with pytest.raises(ConfigError, match="recipe s-ste: a soft threshold shrinks weights by itself: leave decay"):
+        load_config(None, ["train.recipe=s-ste", "train.decay=0.001", "sparsity.pattern=2:4"])

@@ -13,10 +13,13 @@ from tnm_pipeline.pipeline.errors import ExitCode, exit_code, explain
 
 # SessionClosed: a caller used a session after closing it, which no command does.
 # DataflowError: a model whose dataflow cannot be followed is converted without knowing it.
+# MaskError, UnfinishedTrainingError: no command finalizes a copy, or in the middle of a training.
 # OptimizerMismatchError: every command makes the optimizer from the model itself.
 BUGS = {
     "tnm_pipeline.engines.errors.SessionClosed",
     "tnm_pipeline.training.convert.tracing.DataflowError",
+    "tnm_pipeline.training.finalize.MaskError",
+    "tnm_pipeline.training.finalize.UnfinishedTrainingError",
     "tnm_pipeline.training.sparsify.OptimizerMismatchError",
 }
 

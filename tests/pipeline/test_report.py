@@ -17,7 +17,7 @@ from tnm_pipeline.engines.errors import ArtifactRejected
 from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.pipeline.report import render
 from tnm_pipeline.pipeline.report.data import read_run
-from tnm_pipeline.pipeline.report.figures import accuracy_figure, curves_figure, mask_pictures
+from tnm_pipeline.pipeline.report.figures import curves_figure, mask_pictures, score_figure
 from tnm_pipeline.pipeline.report.verdict import remarks, verdict
 from tnm_pipeline.training.pattern import Pattern
 
@@ -47,9 +47,9 @@ def test_plotlys_own_script_cannot_end_its_element() -> None:
 
 def test_figures_are_what_plotly_knows(folder: Path) -> None:
     run = read_run(folder)
-    for figure in (accuracy_figure(run.scores, run.samples), accuracy_figure(run.scores, None)):
+    for figure in (score_figure(run.scores, run.metric, run.samples), score_figure(run.scores, run.metric, None)):
         go.Figure(figure)  # refuses unknown attributes and wrong values
-    go.Figure(curves_figure(run.curves))
+    go.Figure(curves_figure(run.curves, run.metric))
 
 
 def test_names_of_users_are_text(folder: Path) -> None:

@@ -41,16 +41,6 @@ def broken():
 """
 
 
-@pytest.fixture
-def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module in the current folder, which the command puts on the path."""
-    name = f"user_module_{abs(hash(tmp_path))}"
-    (tmp_path / f"{name}.py").write_text(USER_MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend("")
-    return name
-
-
 def arrays(**changes: Any) -> dict[str, Any]:
     inputs = np.random.default_rng(0).random((6, 4), dtype=np.float32)
     targets = np.array([0, 1, 2, 0, 1, 2])
@@ -87,7 +77,7 @@ def test_digits_are_all_there_once() -> None:
 
 
 @pytest.mark.parametrize("load", [load_model, load_data])
-@pytest.mark.parametrize("source", ["digit", "", ":f", ".a:f", "a b:f", "data.csv"])
+@pytest.mark.parametrize("source", ["digit", "", ":f", ".a:f", "a b:f", "data.txt"])
 def test_unknown_names_are_refused(load: Any, source: str) -> None:
     with pytest.raises(SourceError, match=r"unknown .* source"):
         load(source, {})

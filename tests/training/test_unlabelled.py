@@ -10,13 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
+from tests.training.unlabelled import joined, loaded, named, permutation
 from tests.training.zoo import SENTENCES
-from tnm_pipeline.training.convert.batch import Batch
 from tnm_pipeline.training.drawing import Draw
 from tnm_pipeline.training.sources import SourceError, digits
-from tnm_pipeline.training.unlabelled import count_examples, load_calibration
+from tnm_pipeline.training.unlabelled import count_examples
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +32,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(tokenizer_object=model).save_pretrained(str(folder))
     return str(folder)
-
-
-def loaded(
-    source: str | Path, arguments: dict[str, Any] | None = None, samples: int = 100, batch_size: int = 4, seed: int = 0
-) -> list[Batch]:
-    return load_calibration(str(source), arguments or {}, samples=samples, batch_size=batch_size, seed=seed)
-
-
-def joined(batches: list[Batch]) -> Tensor:
-    tensors = [batch for batch in batches if isinstance(batch, Tensor)]
-    assert len(tensors) == len(batches)
-    return torch.cat(tensors)
-
-
-def named(batches: list[Batch]) -> list[dict[str, Tensor]]:
-    assert all(isinstance(batch, dict) for batch in batches)
-    return [dict(batch) for batch in batches if isinstance(batch, dict)]
-
-
-def permutation(count: int, seed: int = 0) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 # --- which examples, how many together
@@ -149,7 +127,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         loaded(tmp_path / "a.npz", {"size": 3})
 
 
-@pytest.mark.parametrize("source", ["", "photos", "photos/", "data.csv"])
+@pytest.mark.parametrize("source", ["", "photos", "photos/", "data.json"])
 def test_unknown_sources_are_refused(source: str) -> None:
     with pytest.raises(SourceError, match=r"an \.npz or \.txt file, a folder of images, hf:FOLDER_OR_NAME or module:"):
         loaded(source)

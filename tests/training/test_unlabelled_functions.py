@@ -1,15 +1,12 @@
 """Unlabelled inputs from the user's functions, in every form that they may have; other forms are named."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from tnm_pipeline.training.convert.batch import Batch
+from tests.training.unlabelled import joined, loaded, named, permutation
 from tnm_pipeline.training.sources import SourceError
-from tnm_pipeline.training.unlabelled import load_calibration
 
 USER_MODULE = """
 import itertools
@@ -67,37 +64,6 @@ def fails():
     yield torch.ones(3, 2)
     raise RuntimeError("disk on fire")
 """
-
-
-@pytest.fixture
-def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module in the current folder."""
-    name = f"user_module_{abs(hash(tmp_path))}"
-    (tmp_path / f"{name}.py").write_text(USER_MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend("")
-    return name
-
-
-def loaded(
-    source: str, arguments: dict[str, Any] | None = None, samples: int = 100, batch_size: int = 4
-) -> list[Batch]:
-    return load_calibration(source, arguments or {}, samples=samples, batch_size=batch_size, seed=0)
-
-
-def joined(batches: list[Batch]) -> Tensor:
-    tensors = [batch for batch in batches if isinstance(batch, Tensor)]
-    assert len(tensors) == len(batches)
-    return torch.cat(tensors)
-
-
-def named(batches: list[Batch]) -> list[dict[str, Tensor]]:
-    assert all(isinstance(batch, dict) for batch in batches)
-    return [dict(batch) for batch in batches if isinstance(batch, dict)]
-
-
-def permutation(count: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(

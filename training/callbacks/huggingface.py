@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tnm_pipeline.training.atomic import write_atomically
 from tnm_pipeline.training.callbacks.shared import Saved, Sparsifying
 from tnm_pipeline.training.checkpoint import CheckpointError
+from tnm_pipeline.training.distributed import full
 from tnm_pipeline.training.sparsify import Sparsifier
 
 MASKS = "sparsifier.safetensors"  # in every checkpoint folder of the Trainer
@@ -61,8 +62,10 @@ class SparsifierCallback(Sparsifying, TrainerCallback):  # type: ignore[misc]  #
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Put the masks and the counters beside the model."""
-        if self.sparsifier is not None and state.is_world_process_zero:
-            _write(self.sparsifier, _folder(args, state) / MASKS)
+        if self.sparsifier is not None:
+            digest = _digest(self.sparsifier.model, self.sparsifier.masks())  # of whole weights: by all processes
+            if state.is_world_process_zero:
+                _write(self.sparsifier, digest, _folder(args, state) / MASKS)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Give the plain layers back."""
@@ -75,9 +78,9 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _write(sparsifier: Sparsifier, path: Path) -> None:
+def _write(sparsifier: Sparsifier, digest: str, path: Path) -> None:
     tensors = {name: tensor.detach().cpu() for name, tensor in sparsifier.buffers().items()}
-    metadata = {_STATE: json.dumps(sparsifier.state_dict()), _WEIGHTS: _digest(sparsifier.model, sparsifier.masks())}
+    metadata = {_STATE: json.dumps(sparsifier.state_dict()), _WEIGHTS: digest}
     write_atomically(path, serialize(tensors, metadata=metadata))
 
 
@@ -85,7 +88,7 @@ def _digest(model: nn.Module, layers: Iterable[str]) -> str:
     """Of the weights that the masks belong to."""
     digest = sha256()
     for name in sorted(layers):
-        weight = model.get_submodule(name).get_parameter("weight").detach().cpu().contiguous()
+        weight = full(model.get_submodule(name).get_parameter("weight")).cpu().contiguous()
         digest.update(weight.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

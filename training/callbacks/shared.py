@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tnm_pipeline.training.checkpoint import CheckpointError
+from tnm_pipeline.training.finalize import LayerReport
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.recipes import Recipe, recipe_named
 from tnm_pipeline.training.selection import Selection
-from tnm_pipeline.training.sparsify import LayerReport, Sparsifier
+from tnm_pipeline.training.sparsify import Sparsifier
 
 # What schedulers of torch.optim.lr_scheduler keep there: OneCycleLR, ReduceLROnPlateau, CyclicLR, CosineAnnealingLR
 _RATES_OF_A_GROUP = {"lr", "initial_lr", "max_lr", "min_lr"}
@@ -98,9 +99,12 @@ class Sparsifying:
             _scale_rate(optimizer, schedulers, self.recipe.lr_scale)
 
     def end(self) -> None:
-        """Write the zeros, verify them, and give the plain layers back."""
+        """Write the zeros, verify them, and give the plain layers back.
+
+        Also where the Trainer stopped early, with a warning: it goes on to save the model, and there is no way back.
+        """
         assert self.sparsifier is not None
-        self.report, self.masks = self.sparsifier.finalize()
+        self.report, self.masks = self.sparsifier.finalize(strict=False)
 
 
 @torch.no_grad()

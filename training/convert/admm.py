@@ -101,16 +101,16 @@ def _alternate(problem: Problem, ideal: Tensor, mask: Tensor, matrix: Tensor, da
 
 def _response(matrix: Tensor, pull: float) -> Tensor:
     """What of a pull on one weight arrives at the others, in the dtype in which steps are multiplied."""
-    return _inverse(matrix, pull).mul_(pull).to(_step_dtype(matrix.device))
+    return _inverse(matrix, pull).mul_(pull).to(step_dtype(matrix.device))
 
 
-def _step_dtype(device: torch.device) -> torch.dtype:
+def step_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where there are instructions for it: a search needs no more, and the fit after it is in float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        abilities = torch.cpu.get_capabilities()
-        native = abilities.get("avx512_bf16", False) or abilities.get("amx_bf16", False)
+        # processors with AMX have it too; the public torch.cpu.get_capabilities is younger than the oldest PyTorch
+        native = torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tnm_pipeline.training.convert.batch import CalibrationError
-from tnm_pipeline.training.convert.collect import stride
 from tnm_pipeline.training.convert.group import Group
+from tnm_pipeline.training.convert.patches import stride
 from tnm_pipeline.training.convert.sums import ExactSum, reach
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from tnm_pipeline.training.convert.batch import CalibrationError
+
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
@@ -18,6 +20,17 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def model_errors() -> Iterator[None]:
+    """What the user's model raises inside, as a `CalibrationError`."""
+    try:
+        yield
+    except (CalibrationError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CalibrationError(f"the model fails on the calibration data: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

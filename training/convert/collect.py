@@ -10,7 +10,7 @@ Shape legend: S = samples (rows), O = out features, K = reduction length.
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from tnm_pipeline.training.convert.batch import CalibrationError
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.objective import Objective
-from tnm_pipeline.training.convert.patches import count_rows, gemm_rows
+from tnm_pipeline.training.convert.patches import count_rows, gemm_rows, stride
 from tnm_pipeline.training.convert.sums import ExactSum, reach
 from tnm_pipeline.training.layout import to_gemm
 
-_ENOUGH_ROWS = 1 << 17  # of a convolution: four digits of every sum, at a fraction of the time
 _MOST_SQUARE = 1e38  # of float32
 _COLUMNS_AT_ONCE = 384  # of a gram matrix: blocks below the diagonal are copied, not computed
 
@@ -36,14 +35,14 @@ class Seen:
     Attributes:
         dense: inputs in the dense model, call by call.
         sparse: inputs in the partly converted one; the same tensors if the conversion is not sequential.
-        correction: of the layer's output shape, what the sequential target has on top of the dense output; `None` = 0.
+        correction: makes what the sequential target has on top of the dense output, of that shape; `None` = 0.
         real: (B, T) bool, positions that are no padding; `None` = all.
         half: 0 or 1, for `Collector.halves`: the same for a batch wherever it is.
     """
 
     dense: Sequence[Tensor]
     sparse: Sequence[Tensor]
-    correction: Tensor | None = None
+    correction: Callable[[], Tensor] | None = None
     real: Tensor | None = None
     half: int = 0
 
@@ -66,13 +65,28 @@ class Sums(NamedTuple):
 class Grams:
     """The sums of the dense and the sparse model's inputs; layers that read the same tensors share them.
 
-    Of a convolution's output positions every so-manieth is looked at: neighbours say nearly the same.
+    Attributes:
+        dense: of all batches.
+        half: of those of half 0; `None` if they have all rows, or none.
+        sparse: of all batches.
     """
 
     dense: Sums
-    half: Sums
+    half: Sums | None
     sparse: Sums
+
+
+class Extent(NamedTuple):
+    """What the sums of a layer's inputs have to know beforehand.
+
+    Attributes:
+        every: so-manieth output position of a convolution is looked at: neighbours say nearly the same.
+        rows: that are looked at, in either model.
+        largest: absolute value of an input.
+    """
+
     every: int
+    rows: int
     largest: float
 
 
@@ -83,6 +97,7 @@ class Collector:
         self._group = group
         self._sequential = sequential
         self._read: list[weakref.ref[Tensor]] = []
+        self._extent: Extent | None = None
         self._grams: Grams | None = None
         self._base = torch.empty(0)
         self._lags: tuple[Tensor, Tensor] | None = None
@@ -99,12 +114,16 @@ class Collector:
             CalibrationError: no rows, NaN or Inf, or inputs of other shapes in the two models.
         """
         self._check(name, seen)
-        grams = self._grams_of(name, dense, seen)
-        self._base = to_gemm(dense.weight.detach()).double()
+        extent = self._extent_of(name, dense, seen)
+        self._base = to_gemm(dense.weight.detach()).to(torch.float64, copy=True)
+        direct = self._sequential and self._wants_residuals(seen)
+        # before the gram matrices need memory
+        residuals = self._sum_residuals(dense, seen, extent) if direct else None
+        self._grams = grams = self._grams or self._sum_grams(dense, seen, extent)
         own = grams.dense.objective(self._base)
         if not self._sequential:
             return own, own
-        cross, total, squares = self._residuals(dense, seen, self._base, grams)
+        cross, total, squares = residuals or self._residuals_of_lags(dense, seen, grams, extent)
         sequential = Objective(
             grams.sparse.gram, self._base, cross, grams.sparse.inputs, total, squares, own.target_squares, own.samples
         )
@@ -118,9 +137,9 @@ class Collector:
         """
         assert self._grams is not None
         whole, half = self._grams.dense, self._grams.half
-        rest = Sums(whole.gram - half.gram, whole.inputs - half.inputs, whole.samples - half.samples)
-        if not half.samples or not rest.samples:
+        if half is None:
             return None
+        rest = Sums(whole.gram - half.gram, whole.inputs - half.inputs, whole.samples - half.samples)
         return half.objective(self._base[:outputs]), rest.objective(self._base[:outputs])
 
     def _check(self, name: str, seen: Sequence[Seen]) -> None:
@@ -132,22 +151,23 @@ class Collector:
                     "sequential = false"
                 )
 
-    def _grams_of(self, name: str, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen]) -> Grams:
+    def _extent_of(self, name: str, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen]) -> Extent:
+        """The last layer's, along with its gram matrices, or a new one and no matrices yet."""
         read = [x for one in seen for x in (*one.dense, *one.sparse)]
         same = len(read) == len(self._read) and all(a is b() for a, b in zip(read, self._read, strict=True))
         # every process must come to the same decision, and convolutions of other strides cut other rows
         shared = self._group.largest(float(not same), layer.weight.device) == 0 and isinstance(layer, nn.Linear)
-        if not shared or self._grams is None:
-            self._grams = self._lags = None  # before the new ones need memory
-            self._grams = self._sum_grams(name, layer, seen)
+        if not shared or self._extent is None:
+            self._grams = self._lags = None
+            self._extent = self._measure(name, layer, seen)
             self._read = [weakref.ref(x) for x in read]
-        return self._grams
+        return self._extent
 
-    def _sum_grams(self, name: str, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen]) -> Grams:
-        device, width = layer.weight.device, to_gemm(layer.weight).shape[1]
+    def _measure(self, name: str, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen]) -> Extent:
         every = stride(self._rows(layer, seen, 1))
         rows = self._rows(layer, seen, every)
-        largest = self._group.largest(reach(x for one in seen for x in (*one.dense, *one.sparse)), device)
+        inputs = (x for one in seen for x in (*one.dense, *one.sparse))
+        largest = self._group.largest(reach(inputs), layer.weight.device)
         if rows == 0:
             raise CalibrationError(f"layer {name} does not run on the calibration data: leave it out")
         if not rows * largest**2 < _MOST_SQUARE:
@@ -156,6 +176,11 @@ class Collector:
                 f"layer {name} meets {what} on the calibration data: the model overflows on it or "
                 "its weights are broken"
             )
+        return Extent(every, rows, largest)
+
+    def _sum_grams(self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], extent: Extent) -> Grams:
+        device, width = layer.weight.device, to_gemm(layer.weight).shape[1]
+        every, rows, largest = extent
 
         def total(which: str, batches: Sequence[Seen], samples: int) -> Sums:
             gram = ExactSum((width, width), rows * largest**2, device)
@@ -174,42 +199,44 @@ class Collector:
             return Sums(gram.total(self._group), sums.total(self._group), samples)
 
         first, second = ([one for one in seen if one.half == half] for half in (0, 1))
-        half = total("dense", first, self._rows(layer, first, every))
-        rest = total("dense", second, rows - half.samples)
-        dense = Sums(half.gram + rest.gram, half.inputs + rest.inputs, rows)
-        return Grams(dense, half, total("sparse", seen, rows) if self._sequential else dense, every, largest)
+        count = self._rows(layer, first, every)
+        half = None if count in (0, rows) else total("dense", first, count)
+        dense = total("dense", seen if half is None else second, rows if half is None else rows - count)
+        if half is not None:
+            dense = Sums(dense.gram.add_(half.gram), dense.inputs.add_(half.inputs), rows)
+        return Grams(dense, half, total("sparse", seen, rows) if self._sequential else dense)
 
     def _rows(self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], every: int) -> int:
         counted = sum(count_rows(layer, inputs, one.real, every) for one in seen for inputs in one.dense)
         return int(self._group.add(torch.tensor([counted], device=layer.weight.device))[0])
 
-    def _residuals(
-        self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], base: Tensor, grams: Grams
+    def _wants_residuals(self, seen: Sequence[Seen]) -> bool:
+        """Whether residuals have to be summed one by one, or take fewer products than the lags between inputs."""
+        outputs, width = self._base.shape
+        corrected = any(one.correction is not None for one in seen)
+        return self._group.largest(float(corrected), self._base.device) > 0 or width > outputs
+
+    def _residuals_of_lags(
+        self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], grams: Grams, extent: Extent
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """R^T X, the sum of r and ||R||^2 per output, over rows of the sparse model."""
-        outputs, width = base.shape
-        corrections = [one.correction for one in seen if one.correction is not None]
-        corrected = self._group.largest(float(len(corrections) > 0), base.device) > 0
-        if corrected or width > outputs:
-            return self._sum_residuals(layer, seen, base, grams, reach(corrections))
-        # R is the lag L = dense - sparse inputs times base: fewer products, which layers of the same inputs share
+        """As `_sum_residuals`: R is the lag L = dense - sparse inputs times base, and L is shared by layers."""
         if self._lags is None:
-            self._lags = self._sum_lags(layer, seen, grams)
-        lag_cross, lag_gram = self._lags
+            self._lags = self._sum_lags(layer, seen, extent)
+        base, (lag_cross, lag_gram) = self._base, self._lags
         total = base @ (grams.dense.inputs - grams.sparse.inputs)
         return base @ lag_cross, total, ((base @ lag_gram) * base).sum(1).clamp_min_(0.0)
 
-    def _sum_lags(self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], grams: Grams) -> tuple[Tensor, Tensor]:
+    def _sum_lags(self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], extent: Extent) -> tuple[Tensor, Tensor]:
         """L^T X of the sparse X, and L^T L."""
-        shape, device = grams.sparse.gram.shape, grams.sparse.gram.device
-        bound = 2 * grams.sparse.samples * grams.largest**2
+        shape, device = 2 * self._base.shape[1:], self._base.device
+        bound = 2 * extent.rows * extent.largest**2
         cross, gram = ExactSum(shape, bound, device), ExactSum(shape, 2 * bound, device)
         lock = threading.Lock()
 
         def add(one: Seen) -> None:
             for dense, sparse in zip(one.dense, one.sparse, strict=True):
-                lags = gemm_rows(layer, dense - sparse, None, one.real, grams.every)
-                given = gemm_rows(layer, sparse, None, one.real, grams.every)
+                lags = gemm_rows(layer, dense - sparse, None, one.real, extent.every)
+                given = gemm_rows(layer, sparse, None, one.real, extent.every)
                 for (lag, _), (x, _) in zip(lags, given, strict=True):
                     parts = lag.T @ x, gram_matrix(lag)
                     with lock:
@@ -220,25 +247,28 @@ class Collector:
         return cross.total(self._group), gram.total(self._group)
 
     def _sum_residuals(
-        self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], base: Tensor, grams: Grams, corrections: float
+        self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], extent: Extent
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, residual by residual; corrections: the largest of these batches."""
-        device, (outputs, width) = base.device, base.shape
-        bound = 2 * grams.largest * float(base.abs().sum(1).max()) + self._group.largest(corrections, device)
-        cross = ExactSum((outputs, width), grams.sparse.samples * bound * grams.largest, device)
-        total = ExactSum((outputs,), grams.sparse.samples * bound, device)
-        squares = ExactSum((outputs,), grams.sparse.samples * bound**2, device)
+        """R^T X, the sum of r and ||R||^2 per output, over rows of the sparse model."""
+        every, rows, largest = extent
+        base, device, (outputs, width) = self._base, self._base.device, self._base.shape
+        corrections = reach(one.correction() for one in seen if one.correction is not None)
+        bound = 2 * largest * float(base.abs().sum(1).max()) + self._group.largest(corrections, device)
+        cross = ExactSum((outputs, width), rows * bound * largest, device)
+        total = ExactSum((outputs,), rows * bound, device)
+        squares = ExactSum((outputs,), rows * bound**2, device)
         lock = threading.Lock()
 
         def add(one: Seen) -> None:
             for dense, sparse in zip(one.dense, one.sparse, strict=True):
-                lags = gemm_rows(layer, dense - sparse, one.correction, one.real, grams.every)
-                given = gemm_rows(layer, sparse, None, one.real, grams.every)
-                for (lag, correction), (x, _) in zip(lags, given, strict=True):
+                wanted = None if one.correction is None else one.correction()
+                given = gemm_rows(layer, sparse, None, one.real, every)
+                for lag, correction in gemm_rows(layer, dense - sparse, wanted, one.real, every):
                     r = lag @ base.to(lag.dtype).T
+                    del lag  # before the inputs need as much memory
                     if correction is not None:
                         r += correction
-                    part = r.T @ x
+                    part = r.T @ next(given)[0]
                     with lock:
                         cross.add(part)
                         total.add(r.sum(0))
@@ -246,11 +276,6 @@ class Collector:
 
         self._group.each(add, seen)
         return cross.total(self._group), total.total(self._group), squares.total(self._group)
-
-
-def stride(rows: int) -> int:
-    """How far apart the positions are that are looked at, given all rows; odd, not to follow the columns of images."""
-    return max(1, rows // _ENOUGH_ROWS) // 2 * 2 + 1
 
 
 def gram_matrix(x: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def descend(
 
 def _unit_diagonal(gram: Tensor, scale: Tensor) -> Tensor:
     """The damped gram matrix between two diagonal ones that make its diagonal 1: float32."""
-    matrix = (gram * scale[:, None] * scale).float()
+    matrix = (gram * scale[:, None]).mul_(scale).float()
     matrix.diagonal().fill_(1.0)
     return matrix
 

@@ -26,8 +26,8 @@ TRIED = 64  # outputs; a block that is cut off harms nothing here
 _HALF = 1.5  # how much more damping a fit to half of the samples gets; docs/log.md
 _TOLERANCE = 1e-2  # of the fits: errors of two dampings differ by more
 
-Halves = tuple[Objective, Objective]
-"""The same layer's objective over two halves of the samples."""
+Halves = Callable[[], tuple[Objective, Objective] | None]
+"""Makes the same layer's objective over two halves of the samples; `None` if all samples are in one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Trial:
     """A layer's samples in two halves.
 
     Attributes:
-        halves: objectives of R outputs on the dense model's own inputs, not centred.
+        halves: objectives of R outputs on the dense model's own inputs, not centred; made for the trial alone.
         weight: (R, K) float64, their current weights.
         pattern: the rule.
         solver: of masks.
@@ -49,8 +49,15 @@ class Trial:
     centred: bool
 
     def best(self) -> float:
-        """The damping of `GRID` with the least error on the other half; errors are taken to have one minimum."""
-        fitted, tested = (half.centred() if self.centred else half for half in self.halves)
+        """The damping of `GRID` with the least error on the other half; errors are taken to have one minimum.
+
+        Without another half, `DAMPING`.
+        """
+        halves = self.halves()
+        if halves is None:
+            return DAMPING
+        fitted, tested = (half.centred() if self.centred else half for half in halves)
+        del halves  # sums of a wide layer are large
         norms = (fitted.gram.diagonal() + tested.gram.diagonal()).clamp(min=0.0).sqrt()
         mask = solve(self.weight, self.pattern, self.solver, self.weight.abs() * norms)
         scale = fitted.target_squares + tested.target_squares

@@ -38,7 +38,7 @@ def estimate_fitted(
     *,
     repair: Repair,
     group: Group,
-    halves: Halves | None = None,
+    halves: Halves,
 ) -> Estimate:
     """The error that ADMM's weights make on other samples than those that they are fitted to.
 
@@ -57,8 +57,8 @@ def estimate_fitted(
         halves: of what is fitted to, to choose the damping by, as in a conversion.
     """
     shifts, old = repair != "nothing", weight.double()
-    choose = None if halves is None else Trial(halves, old[:TRIED], pattern, "exact", centred=shifts).best
-    problem = Problem(fitted.centred() if shifts else fitted, old, pattern, choose_damping=choose)
+    trial = Trial(halves, old[:TRIED], pattern, "exact", centred=shifts)
+    problem = Problem(fitted.centred() if shifts else fitted, old, pattern, choose_damping=trial.best)
     parts = [problem.rows(part) for part in pieces(len(weight), pattern)]
     return estimate_weight(tested, torch.cat([one.weight for one in group.each(admm, parts)]), repair)
 

@@ -22,7 +22,7 @@ _IDENTITY = "conversion.json"
 
 
 class JournalError(ValueError):
-    """A folder that holds the progress of another conversion, or a damaged one."""
+    """A folder that holds the progress of another conversion, a damaged one, or one that not all processes see."""
 
 
 class Journal:
@@ -49,6 +49,10 @@ class Journal:
         else:
             write_atomically(path, json.dumps({"identity": identity}).encode())
 
+    def has(self, stop: str) -> bool:
+        """Whether a stop is finished."""
+        return self._path(stop).is_file()
+
     def read(self, stop: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and the record of a finished stop; `None`: it is not finished.
 
@@ -56,7 +60,7 @@ class Journal:
             JournalError: the file is damaged.
         """
         path = self._path(stop)
-        if not path.is_file():
+        if not self.has(stop):
             return None
         try:
             with safe_open(path, framework="pt") as file:

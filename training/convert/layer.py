@@ -34,7 +34,7 @@ def convert_layer(
     own: Objective,
     sequential: Objective,
     *,
-    halves: Halves | None,
+    halves: Halves,
     pattern: Pattern,
     method: Method,
     solver: Solver,
@@ -50,7 +50,7 @@ def convert_layer(
         dense: of the dense model.
         own: objective with the dense model's inputs.
         sequential: with the inputs that the layer will get; the same object for a conversion that is not sequential.
-        halves: of the first `TRIED` outputs the own objective over either half of the samples; `None` = no trial.
+        halves: of the first `TRIED` outputs the own objective over either half of the samples.
         pattern: the rule.
         method: how weights are fitted.
         solver: of masks.
@@ -71,8 +71,8 @@ def convert_layer(
         goal = (sequential.centred() if shifts else sequential).blended(goal, OWN_SHARE)
     by_magnitude = to_gemm(solve(layer.weight, pattern, solver))
     error_masked = _error(sequential, torch.where(by_magnitude, old, 0.0), layer, dense, normed)
-    choose = None if halves is None else Trial(halves, old[:TRIED], pattern, solver, centred=shifts).best
-    solution = _solve(Problem(goal, old, pattern, solver, choose_damping=choose), method, group)
+    trial = Trial(halves, old[:TRIED], pattern, solver, centred=shifts)
+    solution = _solve(Problem(goal, old, pattern, solver, choose_damping=trial.best), method, group)
     mask = from_gemm(solution.mask, layer.weight.shape)
     kept = kept_magnitude(layer.weight, mask)
     layer.weight.copy_(from_gemm(torch.where(solution.mask, solution.weight, 0.0), layer.weight.shape))

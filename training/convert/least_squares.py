@@ -21,7 +21,7 @@ from tnm_pipeline.training.convert.problem import DAMPING, Problem, Shared, Solu
 
 TOLERANCE = 1e-3  # of the squared error; the held-out error does not notice less
 _MOST_DAMPING = 1.0
-_MOST_KEPT_FOR_CHOLESKY = 64  # of a row: up to here factors cost milliseconds, beyond them 5 to 10 times the descent
+MOST_KEPT_FOR_CHOLESKY = 64  # of a row: up to here factors cost milliseconds, beyond them 5 to 10 times the descent
 _ENTRIES_AT_ONCE = 1 << 22  # float64 entries of the (R, k, k) systems: 32 MiB, three times over
 
 
@@ -64,7 +64,7 @@ def refit(
     """
     masked = torch.where(mask, weight, 0.0)
     begin = masked if start is None else torch.where(mask, start, 0.0)
-    narrow = int(mask.sum(1).max()) <= _MOST_KEPT_FOR_CHOLESKY
+    narrow = int(mask.sum(1).max()) <= MOST_KEPT_FOR_CHOLESKY
     for relative in dampings(damping, objective):
         ridge = relative * objective.mean_diagonal
         if narrow:

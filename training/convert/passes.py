@@ -32,12 +32,14 @@ class Pass:
         index: of the batch, among those of all processes.
         batch: the input.
         stop: where it waits; `None`: it is through, or was never started.
+        met: the stops where it has waited.
     """
 
     def __init__(self, index: int, batch: Batch) -> None:
         self.index = index
         self.batch = batch
         self.stop: str | None = None
+        self.met: set[str] = set()
         self._inputs: dict[str, list[Tensor]] = {}
         self._partners: dict[str, Tensor] = {}
         self._called: dict[str, int] = {}
@@ -83,6 +85,7 @@ class Pass:
             return
         seen.append(inputs)
         self.stop = stop
+        self.met.add(stop)
         self._halted.release()
         self._may_run.acquire()
         if self._abandoned:
@@ -169,6 +172,10 @@ class Passes:
         """Let the passes that wait at a stop run on; none will wait there again."""
         self._over.add(stop)
         self._advance([one for one in self.passes if one.stop == stop])
+
+    def will_meet(self, stop: str) -> bool:
+        """Whether a pass is on its way that has not been at a stop: it takes another way than the first batch."""
+        return any(one.stop is not None and stop not in one.met for one in self.passes)
 
     def _listen(self) -> None:
         # first what is kept, then where to wait: the partner of a layer may be its own input

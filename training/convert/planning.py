@@ -1,4 +1,4 @@
-"""From a model and calibration data to a plan, whatever the way of choosing; and how much memory it will take.
+"""From a model and calibration data to a plan, whatever the way of choosing.
 
 Where errors are predicted, the dense model runs once over all batches and stops before each layer, as in a conversion,
 so memory holds one layer's sums.
@@ -6,9 +6,9 @@ so memory holds one layer's sums.
 Shape legend: O = out features, K = reduction length of the GEMM matrix.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from math import ceil
 from types import TracebackType
 from typing import Literal, Self
@@ -16,9 +16,9 @@ from typing import Literal, Self
 import torch
 from torch import nn
 
-from tnm_pipeline.training.convert.batch import Batch, CalibrationError, attended, check_batches, head, tensors_of
+from tnm_pipeline.training.convert.batch import Batch, attended, check_batches, head
 from tnm_pipeline.training.convert.budget import Budget
-from tnm_pipeline.training.convert.calibration import evaluating, one_thread, prunable_layer
+from tnm_pipeline.training.convert.calibration import evaluating, model_errors, one_thread, prunable_layer
 from tnm_pipeline.training.convert.choosing import (
     Scene,
     plan_by_error,
@@ -27,7 +27,7 @@ from tnm_pipeline.training.convert.choosing import (
     plan_under_budget,
 )
 from tnm_pipeline.training.convert.collect import Collector, Seen
-from tnm_pipeline.training.convert.damping import TRIED, Halves
+from tnm_pipeline.training.convert.damping import TRIED
 from tnm_pipeline.training.convert.estimate import Estimate, estimate_fitted
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.meter import Repair
@@ -47,9 +47,6 @@ Choose = Literal["pattern", "zeros", "error", "budget"]
 
 _PROBED = 64  # examples of a sensitivity: with two probes each, as many as are enough
 _TESTED = 4  # every so-manieth batch tests predictions
-# float64 matrices that the largest layer holds at its worst moment: sums of both models, centred and blended ones, and
-# what a method makes of them.
-_SQUARES, _RECTANGLES = 6, 6
 
 
 @torch.no_grad()
@@ -96,7 +93,7 @@ def plan(
     choice = select(model, patterns, selection or FOR_CONVERSION)
     dense = reference or model
     with one_thread():
-        with _model_errors():
+        with model_errors():
             work = measure_work(model, head(batches[0], 2))
         scene = Scene(model, choice, work, patterns)
         if choose == "pattern":
@@ -111,65 +108,11 @@ def plan(
                 return plan_by_error(scene, predict.estimate, most_error)
             if budget is None:
                 raise PlanError("choosing under a budget needs one: max_dense, or work")
-            with _model_errors():
+            with model_errors():
                 sensitivities = measure_sensitivity(
                     dense, choice, patterns[0], _some(batches, _PROBED), seed=seed, retuned=retune_batch_norm
                 )
             return plan_under_budget(scene, predict.estimate, after_later_layers(sensitivities, predict.order), budget)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What the tensors of a conversion take beyond the model and the batches, in bytes.
-
-    The process takes more: memory that threads have freed is not all given back.
-
-    Attributes:
-        activations: of both models, suspended at the stop where they are most.
-        copies: of the chosen layers, or the whole reference.
-        sums: of the largest layer, and what its method makes of them.
-    """
-
-    activations: int
-    copies: int
-    sums: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.activations + self.copies + self.sums
-
-
-@torch.no_grad()
-def estimate_memory(
-    model: nn.Module,
-    planned: Plan,
-    batches: Sequence[Batch],
-    *,
-    reference: nn.Module | None = None,
-    retune_batch_norm: bool = True,
-) -> Memory:
-    """Foretell the peak; two examples are run.
-
-    Args:
-        model: to be converted.
-        planned: what will be done.
-        batches: unlabelled inputs.
-        reference: a second model that is held besides.
-        retune_batch_norm: whether the conversion will.
-
-    Raises:
-        CalibrationError: the model fails.
-    """
-    widest = max(batches, key=_elements_per_example)
-    with evaluating(model), _model_errors():
-        live = schedule(model, planned.stops, widest, norms=retune_batch_norm).live_bytes
-    examples = sum(_count(batch) * _elements_per_example(batch) for batch in batches) / _elements_per_example(widest)
-    weights = [prunable_layer(model, name).weight for name in planned.stops]
-    held = weights if reference is None else [*reference.parameters()]
-    shapes = [tuple(to_gemm(weight).shape) for weight in weights]
-    sums = max((8 * (_SQUARES * columns**2 + _RECTANGLES * rows * columns) for rows, columns in shapes), default=0)
-    return Memory(ceil(2 * live * examples), sum(one.numel() * one.element_size() for one in held), sums)
 
 
 class _Predictor:
@@ -195,19 +138,19 @@ class _Predictor:
         self._group = Group(workers=workers)
         self._fitted, self._tested = (Collector(self._group, sequential=False) for _ in range(2))
         self._evaluating = evaluating(dense)
-        with evaluating(dense), _model_errors():
+        with evaluating(dense), model_errors():
             order = schedule(dense, stops, batches[0], norms=retuned)
         self._normed = order.normed
         calls = {stop: count for stop, count in order.calls.items() if stop in stops}
         self.order = tuple(calls)
         self._left = list(calls)
         self._passes = Passes(dense, dict(enumerate(batches)), stops, calls, {}, workers)
-        self._at: tuple[str, Objective, Objective, Halves | None] | None = None
+        self._at: tuple[str, Objective, Objective] | None = None
 
     def __enter__(self) -> Self:
         self._evaluating.__enter__()
         try:
-            with _model_errors():
+            with model_errors():
                 self._passes.__enter__()
         except BaseException:
             self._evaluating.__exit__(None, None, None)
@@ -225,14 +168,15 @@ class _Predictor:
         if self._at is None or self._at[0] != name:
             self._at = name, *self._collect(name)
         weight = to_gemm(prunable_layer(self._model, name).weight.detach())
-        _, fitted, tested, halves = self._at
+        _, fitted, tested = self._at
+        halves = partial(self._fitted.halves, TRIED)
         return estimate_fitted(
             fitted, tested, weight, pattern, repair=self._repair(name), group=self._group, halves=halves
         )
 
-    def _collect(self, name: str) -> tuple[Objective, Objective, Halves | None]:
-        """To fit to, to test on, and the halves of what is fitted to."""
-        with _model_errors():
+    def _collect(self, name: str) -> tuple[Objective, Objective]:
+        """To fit to, and to test on."""
+        with model_errors():
             while self._left[0] != name:
                 self._passes.leave(self._left.pop(0))
             seen = [
@@ -243,23 +187,12 @@ class _Predictor:
             tested = ran[1::_TESTED] or ran
             left = [one for index, one in enumerate(ran) if index % _TESTED != 1]
             fitted, _ = self._fitted.collect(name, dense, [replace(one, half=at % 2) for at, one in enumerate(left)])
-            return fitted, self._tested.collect(name, dense, tested)[0], self._fitted.halves(TRIED)
+            return fitted, self._tested.collect(name, dense, tested)[0]
 
     def _repair(self, name: str) -> Repair:
         if name in self._normed:
             return "shift and scale"
         return "nothing" if prunable_layer(self._model, name).bias is None else "shift"
-
-
-@contextmanager
-def _model_errors() -> Iterator[None]:
-    """What the user's model raises inside, as a `CalibrationError`."""
-    try:
-        yield
-    except (CalibrationError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise CalibrationError(f"the model fails on the calibration data: {type(error).__name__}: {error}") from error
 
 
 def _some(batches: Sequence[Batch], wanted: int) -> list[Batch]:
@@ -268,13 +201,3 @@ def _some(batches: Sequence[Batch], wanted: int) -> list[Batch]:
         return list(batches)
     spread = batches[:: ceil(len(batches) / wanted)]
     return [head(batch, max(1, wanted // len(spread))) for batch in spread]
-
-
-def _count(batch: Batch) -> int:
-    return len(next(tensors_of(batch))[1])
-
-
-def _elements_per_example(batch: Batch) -> int:
-    """What activations grow with: tokens, pixels."""
-    _, tensor = next(tensors_of(batch))
-    return tensor[0].numel()

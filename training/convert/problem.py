@@ -14,7 +14,7 @@ from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.masks import Solver, solve
 from tnm_pipeline.training.pattern import Pattern
 
-_ROWS_AT_ONCE = 128  # a piece of work for one worker
+ROWS_AT_ONCE = 128  # a piece of work for one worker
 # Of the mean diagonal of the gram matrix: where a trial begins, and what a layer gets without one. Against 1e-3, on the
 # held-out error: -0.4% on the narrow and -1.5% on the wide layers of a sentence encoder, +0.8% on digits.
 DAMPING = 3e-2
@@ -22,7 +22,7 @@ DAMPING = 3e-2
 
 def pieces(rows: int, pattern: Pattern) -> list[slice]:
     """Cut the rows of a layer into whole blocks of a pattern, the same way for any number of workers."""
-    size = max(_ROWS_AT_ONCE // pattern.m, 1) * pattern.m
+    size = max(ROWS_AT_ONCE // pattern.m, 1) * pattern.m
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 

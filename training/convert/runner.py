@@ -17,7 +17,7 @@ from tnm_pipeline.training.convert.methods import find_method
 from tnm_pipeline.training.convert.plan import Plan
 from tnm_pipeline.training.convert.reorder import find_reorderings, reorder
 from tnm_pipeline.training.convert.result import Conversion
-from tnm_pipeline.training.convert.schedule import schedule
+from tnm_pipeline.training.convert.schedule import Schedule, schedule
 from tnm_pipeline.training.convert.walk import Walk
 from tnm_pipeline.training.convert.work import measure_work
 from tnm_pipeline.training.layout import PRUNABLE
@@ -47,7 +47,8 @@ def convert(
 
     The dense and the converted model run side by side, once, over all batches, and stop before each layer until it is
     converted; the dense one alone where nothing looks at the other: not sequential, and no batch norm is re-tuned.
-    Memory: a copy of the chosen layers, the activations of the models at one stop, one layer's sums.
+    Memory: the activations of the models at one stop and one layer's sums. Both models share each weight until the
+    passes through the dense one need it no more.
 
     The same inputs give the same bits for any number of workers, and of processes if torch.distributed is initialised;
     every process must be given the same arguments. PyTorch's own threads are set to 1 meanwhile.
@@ -78,7 +79,7 @@ def convert(
     Raises:
         CalibrationError: no batches, or NaN in them or in a layer, or the model fails on them.
         MethodError: an unknown method, or one that cannot follow the pattern.
-        JournalError: the folder is another conversion's.
+        JournalError: the folder is another conversion's, or not the same for all processes.
         SelectionError, PlanError: nothing to convert.
         ValueError: a reference that has other layers.
     """
@@ -108,12 +109,12 @@ def convert(
     with evaluating(*models), one_thread():
         reorderings = find_reorderings(model, plan, batches[0]) if reorder_channels else []
         reorder(model, reorderings)
+        order = schedule(model, plan.stops, batches[0], norms=retune_batch_norm)
         if reference is None:
-            dense = _twin(model, plan)
+            dense = _twin(model, plan, order)
         else:
             dense = copy.deepcopy(reference) if reorderings else reference
             reorder(dense, reorderings)
-        order = schedule(model, plan.stops, batches[0], norms=retune_batch_norm)
         walk = Walk(model, dense, plan, chosen_method, solver, group, order, sequential, book, on_layer)
         conversion = walk.run({index: batches[index] for index in group.mine(len(batches))}, batches[0])
     return replace(conversion, reorderings=tuple(reorderings))
@@ -136,11 +137,15 @@ def plan_for(model: nn.Module, pattern: Pattern, example: Batch, selection: Sele
     return plan_by_preference(Scene(model, choice, measure_work(model, head(example, 2)), [pattern]))
 
 
-def _twin(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy that shares what the conversion does not change."""
-    changed = {id(prunable_layer(model, name).weight) for name in plan.stops}
-    changed |= {id(prunable_layer(model, name).bias) for name in plan.stops}
-    shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in changed}
+def _twin(model: nn.Module, plan: Plan, order: Schedule) -> nn.Module:
+    """A copy that shares what the conversion does not change before it is needed for the last time.
+
+    Weights of layers that run several times in a pass are copied: they may run more often on another batch.
+    """
+    layers = {stop: [prunable_layer(model, name) for name in names] for stop, names in plan.stops.items()}
+    own = {id(layer.bias) for group in layers.values() for layer in group}
+    own |= {id(group[0].weight) for stop, group in layers.items() if order.calls.get(stop, 0) > 1}
+    shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in own}
     return copy.deepcopy(model, shared)
 
 

@@ -1,4 +1,4 @@
-"""Where the forward passes stop, in which order, and what they hold meanwhile: seen in one small forward pass."""
+"""Where the forward passes stop, and in which order: seen in one small forward pass."""
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnm_pipeline.training.convert.batch import Batch, forward, head, tensors_of
+from tnm_pipeline.training.convert.batch import Batch, forward, head
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _EXAMPLES = 2  # enough to see the order
@@ -23,13 +23,11 @@ class Schedule:
             that never run are absent.
         norms: which stops are batch norms; the others are layers.
         normed: layers whose output goes straight into a batch norm that stops too.
-        live_bytes: of activations that one example keeps alive, at the stop where that is most.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
     norms: set[str] = field(default_factory=set)
     normed: set[str] = field(default_factory=set)
-    live_bytes: int = 0
 
 
 @torch.no_grad()
@@ -44,7 +42,6 @@ def schedule(model: nn.Module, layers: Mapping[str, Sequence[str]], batch: Batch
     """
     plan = Schedule()
     outputs: dict[int, str] = {}
-    alive: list[weakref.ref[Tensor]] = []
 
     def arrive(stop: str) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -52,19 +49,14 @@ def schedule(model: nn.Module, layers: Mapping[str, Sequence[str]], batch: Batch
             plan.calls[stop] = plan.calls.pop(stop, 0) + 1  # moves to the end: passes wait at the last call
             if stop in plan.norms and id(inputs) in outputs:
                 plan.normed.add(outputs[id(inputs)])
-            storages = {one.untyped_storage().data_ptr(): one for ref in alive if (one := ref()) is not None}
-            storages[inputs.untyped_storage().data_ptr()] = inputs
-            plan.live_bytes = max(plan.live_bytes, sum(one.untyped_storage().nbytes() for one in storages.values()))
 
         return before
 
-    def leave(name: str | None) -> Callable[..., None]:
+    def leave(name: str) -> Callable[..., None]:
         def after(_: nn.Module, __: object, output: object) -> None:
             if isinstance(output, Tensor):
-                alive.append(weakref.ref(output))
-                if name is not None:
-                    outputs[id(output)] = name
-                    weakref.finalize(output, outputs.pop, id(output), None)  # others may get its identity
+                outputs[id(output)] = name
+                weakref.finalize(output, outputs.pop, id(output), None)  # others may get its identity
 
         return after
 
@@ -77,13 +69,11 @@ def schedule(model: nn.Module, layers: Mapping[str, Sequence[str]], batch: Batch
     for stop, names in stops.items():
         modules = [model.get_submodule(name) for name in names]
         handles += [module.register_forward_pre_hook(arrive(stop), with_kwargs=True) for module in modules]
-    handles += [module.register_forward_hook(leave(owner.get(name))) for name, module in model.named_modules()]
-    few = head(batch, _EXAMPLES)
+    handles += [model.get_submodule(name).register_forward_hook(leave(stop)) for name, stop in owner.items()]
     try:
-        forward(model, few)
+        forward(model, head(batch, _EXAMPLES))
     finally:
         for handle in handles:
             handle.remove()
-    plan.live_bytes //= min(_EXAMPLES, max(len(tensor) for _, tensor in tensors_of(few)))
     plan.norms &= plan.calls.keys()
     return plan

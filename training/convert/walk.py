@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from tnm_pipeline.training.convert.collect import Collector, Seen
 from tnm_pipeline.training.convert.damping import TRIED, Halves
 from tnm_pipeline.training.convert.dataflow import held_tensor
 from tnm_pipeline.training.convert.group import Group
-from tnm_pipeline.training.convert.journal import Journal
+from tnm_pipeline.training.convert.journal import Journal, JournalError
 from tnm_pipeline.training.convert.layer import convert_layer
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.passes import Passes
@@ -55,6 +56,7 @@ class Walk:
             batches: of this process, by their number among all.
             example: a batch that every process has.
         """
+        self._check_journal()
         residuals = _residuals(self.model, list(self.plan.stops), example) if self.sequential else {}
         stops = {stop: self.plan.stops.get(stop, (stop,)) for stop in self.schedule.calls}
         endpoints = {stop: residual.partner for stop, residual in residuals.items()}
@@ -73,6 +75,7 @@ class Walk:
             for stop in self.schedule.calls:
                 kept = self.journal.read(stop) if self.journal is not None else None
                 if kept is not None:
+                    self._leave(stop, dense, len(layers))
                     record = self._restore(stop, *kept, masks)
                 elif stop in self.schedule.norms:
                     record = self._match(stop, dense, sparse)
@@ -80,9 +83,8 @@ class Walk:
                     seen = self._seen(stop, dense, sparse, residuals.get(stop))
                     objectives = collector.collect(stop, prunable_layer(self.reference, stop), seen)
                     del seen
-                    with self._failing(f"layer {stop}", len(layers)):
-                        dense.leave(stop)  # its inputs are not needed again: memory for what follows
-                    record = self._convert(stop, *objectives, collector.halves(TRIED), masks)
+                    self._leave(stop, dense, len(layers))  # its inputs are not needed again: memory for what follows
+                    record = self._convert(stop, *objectives, partial(collector.halves, TRIED), masks)
                     del objectives
                 if stop not in self.schedule.norms:
                     layers.append(ConvertedLayer.from_dict(record))
@@ -92,6 +94,19 @@ class Walk:
                     dense.leave(stop)
                     sparse.leave(stop)
         return Conversion(layers, masks, self.plan, len(self.schedule.norms))
+
+    def _check_journal(self) -> None:
+        """Refuse to start where processes would wait for each other at different layers."""
+        if self.journal is None:
+            return
+        device = next(self.model.parameters()).device
+        seen = sum(map(self.journal.has, self.schedule.calls))
+        most, least = int(self.group.largest(seen, device)), -int(self.group.largest(-seen, device))
+        if most != least:
+            raise JournalError(
+                f"process {self.group.rank} finds {seen} finished steps in the journal, others find {least} to "
+                f"{most}: put it into a folder that all processes see"
+            )
 
     @contextmanager
     def _failing(self, place: str, done: int) -> Iterator[None]:
@@ -106,6 +121,24 @@ class Walk:
                 f"the model fails on the calibration data after {place}: {type(error).__name__}: {error}{kept}"
             ) from error
 
+    def _leave(self, stop: str, dense: Passes, done: int) -> None:
+        """Let the dense model's passes leave a layer whose weight changes next.
+
+        Where both models share the weight, passes that have not come by get a copy. Those that have must not come back.
+        """
+        with self._failing(f"layer {stop}", done):
+            dense.leave(stop)
+        if stop in self.schedule.norms or not _share_weight(self.model, self.reference, stop):
+            return
+        layers = [prunable_layer(self.reference, name) for name in self.plan.stops[stop]]
+        if dense.will_meet(stop):
+            weight = nn.Parameter(layers[0].weight.clone(), requires_grad=False)
+            for layer in layers:
+                layer.weight = weight
+            return
+        for layer in layers:  # of a model that nobody else has
+            layer.register_forward_pre_hook(partial(_refuse, stop))
+
     def _seen(self, stop: str, dense: Passes, sparse: Passes, residual: Residual | None) -> list[Seen]:
         """What the passes that have come by a layer were given, batch by batch."""
         scale = residual.affine(self.reference)[0] if residual is not None else None
@@ -115,7 +148,7 @@ class Walk:
             given = ours.inputs_of(stop) if self.sequential else wanted
             correction = None
             if scale is not None and wanted and given:
-                correction = _correction(theirs.partner_of(stop) - ours.partner_of(stop), scale)
+                correction = partial(_correction, theirs.partner_of(stop), ours.partner_of(stop), scale)
             seen.append(Seen(wanted, given, correction, attended(theirs.batch), theirs.index % 2))
         return seen
 
@@ -124,7 +157,7 @@ class Walk:
         stop: str,
         own: Objective,
         sequential: Objective,
-        halves: Halves | None,
+        halves: Halves,
         masks: dict[str, Tensor],
     ) -> dict[str, Any]:
         layer, dense = prunable_layer(self.model, stop), prunable_layer(self.reference, stop)
@@ -182,6 +215,17 @@ class Walk:
         return record
 
 
+def _share_weight(model: nn.Module, reference: nn.Module, stop: str) -> bool:
+    return prunable_layer(model, stop).weight is prunable_layer(reference, stop).weight
+
+
+def _refuse(stop: str, *_: object) -> None:
+    raise CalibrationError(
+        f"layer {stop} runs more often on one calibration batch than on the first: its execution depends on the data; "
+        "give the dense model as the reference too, or leave the layer out"
+    )
+
+
 def _residuals(model: nn.Module, names: Sequence[str], example: Batch) -> dict[str, Residual]:
     """The residual connections whose other branch is known when the layer is called; none if there is no dataflow."""
     try:
@@ -192,7 +236,7 @@ def _residuals(model: nn.Module, names: Sequence[str], example: Batch) -> dict[s
     return {name: one for name, one in found.items() if one is not None and one.before}
 
 
-def _correction(lag: Tensor, scale: Tensor) -> Tensor:
+def _correction(wanted: Tensor, given: Tensor, scale: Tensor) -> Tensor:
     """The branch's error in units of the layer's output; channels that are silenced on the way get none."""
-    by = torch.where(scale == 0, 0.0, RESIDUAL_SHARE / scale).to(lag.dtype)
-    return lag * (by if lag.dim() < 4 else by[:, None, None])
+    by = torch.where(scale == 0, 0.0, RESIDUAL_SHARE / scale).to(wanted.dtype)
+    return (wanted - given).mul_(by if wanted.dim() < 4 else by[:, None, None])

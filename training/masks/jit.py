@@ -29,13 +29,17 @@ def inlined(function: Callable[..., Any]) -> Any:
     return numba.njit(inline="always", error_model="numpy")(function)
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any], *, any_order: bool = False) -> Any:
     """Compile a kernel on its first call, and keep the machine code on disk.
 
     It is kept in NUMBA_CACHE_DIR if that is set, else in `__pycache__`, else in the user's cache folder; where nothing
     can be written, every process compiles anew.
+
+    Args:
+        function: the kernel.
+        any_order: let floats be added in any order, in which a loop can use vectors.
     """
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc"} if any_order else False}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError as error:  # numba's answer to a machine without a folder to write to

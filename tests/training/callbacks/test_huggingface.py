@@ -58,6 +58,13 @@ class StopAfter(TrainerCallback):  # type: ignore[misc]  # untyped in transforme
             raise KeyboardInterrupt
 
 
+class StopEarly(TrainerCallback):  # type: ignore[misc]  # untyped in transformers
+    """As EarlyStoppingCallback: training ends in good order, before its time."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == 6
+
+
 def trainer(folder: Path, *callbacks: TrainerCallback, batch: int = 8, accumulate: int = 1, **more: Any) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -125,6 +132,20 @@ def test_a_resumed_training_ends_with_the_same_bits(tmp_path: Path, pattern: str
     for name, tensor in straight.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
     assert all(torch.equal(mask, again.masks[name]) for name, mask in whole.masks.items())
+
+
+@pytest.mark.parametrize("recipe", ["gradual", "dense-tail"])
+def test_a_training_that_is_stopped_early_ends_plain_and_sparse_with_a_warning(tmp_path: Path, recipe: str) -> None:
+    callback = SparsifierCallback("2:4-T", recipe)
+    work = trainer(tmp_path / "run", callback, StopEarly())
+    with pytest.warns(UserWarning, match="after step 6 of 24"):
+        work.train()
+    work.save_model(str(tmp_path / "model"))
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert set(saved) == set(Classifier().state_dict())
+    for name, mask in callback.masks.items():
+        assert count_violations(saved[f"{name}.weight"], PATTERN).of(PATTERN) == 0
+        assert torch.equal(saved[f"{name}.weight"] != 0, mask)
 
 
 def test_accumulated_batches_count_as_one_step(tmp_path: Path) -> None:

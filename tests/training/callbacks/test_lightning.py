@@ -60,6 +60,15 @@ class StopAfter(Callback):
             raise RuntimeError("killed")
 
 
+class StopEarly(Callback):
+    """As EarlyStopping: training ends in good order, before its time."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        trainer.should_stop = trainer.global_step == 6
+
+
 def loader(batch: int = 8) -> DataLoader[tuple[Tensor, ...]]:
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(96, 8, generator=generator)
@@ -116,6 +125,20 @@ def test_checkpoints_have_the_names_of_the_plain_module(tmp_path: Path) -> None:
     trainer(tmp_path, SparsifierCallback("2:4-T", RECIPE)).fit(Classifier(), loader())
     saved = torch.load(tmp_path / "step=12.ckpt", weights_only=True)
     Classifier().load_state_dict(saved["state_dict"])
+
+
+@pytest.mark.filterwarnings("always:after step")
+@pytest.mark.parametrize("recipe", ["gradual", "dense-tail"])
+def test_a_fit_that_is_stopped_early_ends_plain_and_sparse_with_a_warning(tmp_path: Path, recipe: str) -> None:
+    callback, module = SparsifierCallback("2:4-T", recipe), Classifier()
+    with pytest.warns(UserWarning, match="after step 6 of 24"):
+        trainer(tmp_path, callback, StopEarly()).fit(module, loader())
+    assert list(module.state_dict()) == list(Classifier().state_dict())
+    assert set(callback.masks) == {"body.0", "body.2"}
+    for name, mask in callback.masks.items():
+        weight = module.get_submodule(name).get_parameter("weight")
+        assert count_violations(weight, PATTERN).of(PATTERN) == 0
+        assert torch.equal(weight != 0, mask)
 
 
 def test_accumulated_batches_count_as_one_step(tmp_path: Path) -> None:

@@ -2,16 +2,17 @@
 
 import copy
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.training.convert.networks import violations
-from tnm_pipeline.training.convert.admm import admm
+from tnm_pipeline.training.convert.admm import PULLS, admm
 from tnm_pipeline.training.convert.least_squares import least_squares
 from tnm_pipeline.training.convert.objective import Objective
-from tnm_pipeline.training.convert.problem import Problem, Solution
+from tnm_pipeline.training.convert.problem import Problem, Shared, Solution
 from tnm_pipeline.training.pattern import Pattern
 
 PATTERNS = ["2:4", "1:4", "4:8", "2:4-T", "1:4-T", "4:8-T"]
@@ -137,3 +138,27 @@ def test_zeros_of_an_unstructured_weight_may_come_back_if_that_helps() -> None:
     sparse = torch.where(w.abs() > w.abs().median(), w, 0.0)
     problem = Problem(Objective.of(x, x @ w.T, w), sparse, Pattern(2, 4))
     assert error(problem, admm(problem)) < error(problem, least_squares(problem))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_steps_are_multiplied_in_what_the_processor_has(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """The product that a search repeats, with the real matrices: W' as far as its pull has come to Z."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dtype is torch.bfloat16)
+    x, w = layer(32, 48)
+    made: dict[str, Tensor] = {}
+
+    class Watched(Shared):
+        def get(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+            made[name] = super().get(name, make)
+            return made[name]
+
+    problem = Problem(Objective.of(x, x @ w.T, w), w, Pattern(2, 4), shared=Watched())
+    solution = admm(problem)
+    damped = made[f"admm: matrix {problem.damping}"].double()
+    assert len([name for name in made if name.startswith(f"admm: {problem.damping}, ")]) == len(PULLS)
+    for pull in PULLS:
+        response = made[f"admm: {problem.damping}, {pull}"]
+        assert response.dtype == dtype
+        expected = pull * torch.linalg.inv(damped + pull * torch.eye(48, dtype=torch.float64))
+        torch.testing.assert_close(response.double(), expected, rtol=0, atol=2e-5 if dtype is torch.float32 else 4e-3)
+    assert error(problem, solution) < 0.95 * error(problem, least_squares(problem))

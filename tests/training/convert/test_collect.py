@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tnm_pipeline.training.convert.batch import CalibrationError
-from tnm_pipeline.training.convert.collect import Collector, Seen, gram_matrix, stride
+from tnm_pipeline.training.convert.collect import Collector, Seen, gram_matrix
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.objective import Objective
+from tnm_pipeline.training.convert.patches import stride
 from tnm_pipeline.training.layout import to_gemm
 
 LAYERS: dict[str, tuple[Callable[[], nn.Linear | nn.Conv2d], tuple[int, ...]]] = {
@@ -62,7 +63,7 @@ def test_sums_equal_their_definition(name: str, corrected: bool, workers: int) -
         x, sparse_x = inputs_of(shape, seed), inputs_of(shape, seed + 10)
         correction = torch.randn(layer(x).shape, generator=torch.Generator().manual_seed(seed))
         correction *= corrected
-        seen.append(Seen([x], [sparse_x], correction if corrected else None))
+        seen.append(Seen([x], [sparse_x], correction.clone if corrected else None))
         wanted.append(rows_of(layer, x))
         given.append(rows_of(layer, sparse_x))
         outputs = correction.movedim(1, -1) if isinstance(layer, nn.Conv2d) else correction
@@ -176,7 +177,7 @@ def test_stride_is_odd_and_leaves_enough_rows(rows: int) -> None:
 
 @torch.no_grad()
 def test_some_positions_stand_for_all_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tnm_pipeline.training.convert.collect._ENOUGH_ROWS", 3000)
+    monkeypatch.setattr("tnm_pipeline.training.convert.patches._ENOUGH_ROWS", 3000)
     layer = nn.Conv2d(4, 6, 3, padding=1)
     maps = F.interpolate(inputs_of((40, 4, 4, 4), 0), size=16, mode="bilinear")
     seen = [Seen([maps], [maps])]

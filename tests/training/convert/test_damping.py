@@ -25,8 +25,10 @@ def samples(count: int, inputs: int, seed: int) -> Tensor:
 
 
 def trial_of(w: Tensor, first: Tensor, second: Tensor, text: str = "2:4") -> Trial:
-    halves = tuple(Objective.of(x, x @ w.T, w) for x in (first, second))
-    return Trial((halves[0], halves[1]), w, Pattern.parse(text), "exact", centred=True)
+    def halves() -> tuple[Objective, Objective]:
+        return Objective.of(first, first @ w.T, w), Objective.of(second, second @ w.T, w)
+
+    return Trial(halves, w, Pattern.parse(text), "exact", centred=True)
 
 
 @pytest.mark.parametrize("count", [30, 100, 3000])
@@ -34,7 +36,7 @@ def trial_of(w: Tensor, first: Tensor, second: Tensor, text: str = "2:4") -> Tri
 def test_the_best_of_all_is_found(text: str, count: int) -> None:
     w = weights(16, 32)
     trial = trial_of(w, samples(count, 32, 1), samples(count, 32, 2), text)
-    fitted, tested = (half.centred() for half in trial.halves)
+    fitted, tested = (half.centred() for half in trial.halves() or ())
     norms = (fitted.gram + tested.gram).diagonal().sqrt()
     mask = Problem(fitted, w, trial.pattern).project(w, w.abs() * norms)
     errors = {}

@@ -19,19 +19,28 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def none() -> None:
+    """No trial of the damping."""
+
+
 def test_what_is_fitted_to_some_samples_is_tested_on_others() -> None:
     base, weight = drawn(4, 8).double(), drawn(4, 8)
     sides = [drawn(12, 8, seed=seed).double() + 1 for seed in (1, 2)]
     fitted, tested = (Objective.of(inputs, inputs @ base.T, base) for inputs in sides)
     repairs: list[Repair] = ["nothing", "shift"]
     for repair in repairs:
-        relative, squared = estimate_fitted(fitted, tested, weight, TWO_FOUR, repair=repair, group=Group())
+        relative, squared = estimate_fitted(fitted, tested, weight, TWO_FOUR, repair=repair, group=Group(), halves=none)
         goal = fitted.centred() if repair == "shift" else fitted
         errors = sides[1] @ (admm(Problem(goal, weight.double(), TWO_FOUR)).weight - base).T
         left = errors - errors.mean(0) if repair == "shift" else errors
         torch.testing.assert_close(squared, left.square().mean(0))
         assert relative == pytest.approx(float(left.norm() / (sides[1] @ base.T).norm()))
-        assert relative > estimate_fitted(fitted, fitted, weight, TWO_FOUR, repair=repair, group=Group()).relative_error
+        assert (
+            relative
+            > estimate_fitted(
+                fitted, fitted, weight, TWO_FOUR, repair=repair, group=Group(), halves=none
+            ).relative_error
+        )
 
 
 def test_rows_that_workers_share_are_fitted_as_one() -> None:
@@ -39,7 +48,13 @@ def test_rows_that_workers_share_are_fitted_as_one() -> None:
     objective = Objective.of(inputs, inputs @ base.T, base)
     one, several = (
         estimate_fitted(
-            objective, objective, base, Pattern(2, 4, transposable=True), repair="shift", group=Group(workers=count)
+            objective,
+            objective,
+            base,
+            Pattern(2, 4, transposable=True),
+            repair="shift",
+            group=Group(workers=count),
+            halves=none,
         )
         for count in (1, 3)
     )

@@ -44,7 +44,7 @@ def penalised(objective: Objective, weight: Tensor, old: Tensor, ridge: float) -
 
 @pytest.fixture
 def always_descend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_KEPT_FOR_CHOLESKY", -1)
+    monkeypatch.setattr(module, "MOST_KEPT_FOR_CHOLESKY", -1)
 
 
 @pytest.mark.parametrize("text", ["2:4", "2:4-T", "1:4"])

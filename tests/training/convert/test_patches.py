@@ -29,7 +29,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("every", [1, 3, 7])
 @torch.no_grad()
 def test_convolution(name: str, entries: int, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tnm_pipeline.training.convert.patches._ENTRIES_AT_ONCE", entries)
+    monkeypatch.setattr("tnm_pipeline.training.convert.patches.ENTRIES_AT_ONCE", entries)
     conv = CONVOLUTIONS[name].double()
     images = torch.randn(3, 4, 9, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     outputs = conv(images)
@@ -98,7 +98,7 @@ def test_half_precision_becomes_single_and_double_stays() -> None:
 
 
 def test_many_rows_come_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tnm_pipeline.training.convert.patches._ENTRIES_AT_ONCE", 30)
+    monkeypatch.setattr("tnm_pipeline.training.convert.patches.ENTRIES_AT_ONCE", 30)
     inputs = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
     slices = [x for x, _ in gemm_rows(nn.Linear(8, 6), inputs)]
     assert [len(x) for x in slices] == [3, 3, 3, 1]

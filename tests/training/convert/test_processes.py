@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from tests.training.convert.networks import ALL, conv_net, images, mlp, vectors
 from tnm_pipeline.training.checkpoint import Checkpoint, save_checkpoint
-from tnm_pipeline.training.convert import CalibrationError, convert
+from tnm_pipeline.training.convert import CalibrationError, JournalError, convert
 from tnm_pipeline.training.pattern import Pattern
-folder, kind, last, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+folder, kind, last, count, other = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 rank = int(os.environ.get("RANK", 0))
 if "RANK" in os.environ:
     dist.init_process_group("gloo")
@@ -30,10 +30,10 @@ def on_layer(name, number, of):
     if number == last:
         os.kill(os.getpid(), signal.SIGKILL)
 model, batches = (mlp(), vectors(count)) if kind == "mlp" else (conv_net(), images(count))
-journal = folder / "journal" if last >= 0 else None
+journal = folder / (other if rank else "journal") if last >= 0 else None
 try:
     done = convert(model, Pattern(2, 4, transposable=True), batches, selection=ALL, journal=journal, on_layer=on_layer)
-except CalibrationError as error:
+except (CalibrationError, JournalError) as error:
     (folder / f"{rank}.txt").write_text(str(error))
 else:
     checkpoint = Checkpoint(model.state_dict(), done.masks, {"errors": [layer.error for layer in done.layers]})
@@ -43,13 +43,18 @@ if dist.is_initialized():
 """
 
 
-def start(folder: Path, kind: str, last: int, count: int, launcher: list[str] | None = None) -> int:
-    """Convert in another process, killed after so many layers (0: never, -1: without a journal); the exit status."""
+def start(
+    folder: Path, kind: str, last: int, count: int, launcher: list[str] | None = None, journal: str = "journal"
+) -> int:
+    """Convert in another process, killed after so many layers (0: never, -1: without a journal); the exit status.
+
+    All but the first process have the journal of that name.
+    """
     folder.mkdir(exist_ok=True)
     script = folder / "convert.py"
     script.write_text(SCRIPT, encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*(launcher or [sys.executable]), str(script), str(folder), kind, str(last), str(count)]
+    command = [*(launcher or [sys.executable]), str(script), str(folder), kind, str(last), str(count), journal]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
@@ -100,3 +105,12 @@ def test_more_processes_than_batches_are_refused(tmp_path: Path) -> None:
     for rank in range(2):
         message = (tmp_path / f"two/{rank}.txt").read_text(encoding="utf-8")
         assert message.startswith("2 processes share 1 batches: start at most 1")
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_share_the_journal_are_refused(tmp_path: Path) -> None:
+    assert start(tmp_path, "mlp", 1, 2) == -signal.SIGKILL
+    assert start(tmp_path, "mlp", 0, 2, processes(2), "elsewhere") == 0
+    for rank, seen in enumerate((1, 0)):
+        message = (tmp_path / f"{rank}.txt").read_text(encoding="utf-8")
+        assert message.startswith(f"process {rank} finds {seen} finished steps in the journal, others find 0 to 1: put")

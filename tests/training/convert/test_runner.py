@@ -218,27 +218,6 @@ def test_a_plan_gives_each_layer_its_own_pattern() -> None:
         assert violations(weight_of(model, layer.name), plan.patterns[layer.name]) == 0
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-def test_workers_change_no_bit(workers: int) -> None:
-    pattern = Pattern(2, 4, transposable=True)
-    for build, batches in ((mlp, vectors(5)), (conv_net, images(3))):
-        alone, together = build(), build()
-        first = convert(alone, pattern, batches, selection=ALL)
-        second = convert(together, pattern, batches, selection=ALL, workers=workers)
-        assert same_bits(alone, together)
-        assert [(one.error, one.error_masked) for one in first.layers] == [
-            (one.error, one.error_masked) for one in second.layers
-        ]
-
-
-@pytest.mark.parametrize("method", QUICK)
-def test_the_same_inputs_give_the_same_bits(method: str) -> None:
-    models = [conv_net(), conv_net()]
-    for model in models:
-        convert(model, Pattern(2, 4), images(), method=method)
-    assert same_bits(*models)
-
-
 def test_modes_gradients_requires_grad_hooks_and_threads_are_left_alone() -> None:
     model = conv_net().train()
     model[1].eval()

@@ -178,3 +178,36 @@ def test_a_damaged_journal_file_is_named(tmp_path: Path) -> None:
     convert(again, Pattern(2, 4), vectors(), selection=ALL, journal=tmp_path)
     convert(plain, Pattern(2, 4), vectors(), selection=ALL)
     assert same_bits(again, plain)
+
+
+class Repeating(nn.Module):
+    """Runs its layers as often as a batch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.second, self.last = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor, rounds: Tensor) -> Tensor:
+        for _ in range(int(rounds[0])):
+            x = self.second(self.first(x).relu()).relu()
+        result: Tensor = self.last(x)
+        return result
+
+
+def test_a_layer_that_comes_back_after_its_conversion_asks_for_the_dense_model() -> None:
+    def batches(*rounds: int) -> list[tuple[Tensor, Tensor]]:
+        return [(x, torch.full((64,), count)) for x, count in zip(vectors(2), rounds, strict=True)]
+
+    with pytest.raises(
+        CalibrationError, match="layer first runs more often on one calibration batch than on the first"
+    ):
+        convert(Repeating(), Pattern(2, 4), batches(1, 2), selection=ALL)
+    given = convert(Repeating(), Pattern(2, 4), batches(1, 2), selection=ALL, reference=Repeating())
+    assert [layer.name for layer in given.layers] == ["first", "second", "last"]
+    own, given = (
+        convert(Repeating(), Pattern(2, 4), batches(2, 3), selection=ALL, reference=reference)
+        for reference in (None, Repeating())
+    )
+    assert [layer.error for layer in own.layers] == [layer.error for layer in given.layers]

@@ -56,13 +56,6 @@ def test_a_layer_whose_output_is_changed_before_the_norm_is_not_normed() -> None
     assert schedule(Apart().eval(), own("layer"), torch.ones(2, 4)).normed == set()
 
 
-def test_live_bytes_are_those_of_one_example() -> None:
-    model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8)).eval()
-    few, many = (schedule(model, own("0", "1"), torch.ones(count, 8)).live_bytes for count in (1, 10))
-    assert few == many
-    assert 64 * 4 <= few <= (64 + 8) * 4
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_no_hook_stays_behind(fails: bool) -> None:
     model = Backwards().eval()

@@ -1,0 +1,74 @@
+"""The examples: their configurations are valid, and a small version of each really trains."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pipeline.conftest import Ended, tnm  # noqa: F401  # a fixture
+from tests.training.labelled import write_encoder, write_images, write_pairs
+from tnm_pipeline.pipeline.config import load_config
+from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.selection import select
+from tnm_pipeline.training.sources import load_model
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+Tnm = Callable[..., Ended]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_configurations_are_valid(path: Path) -> None:
+    config = load_config(path)
+    assert config.sparsity.pattern == "2:4-T"
+    assert config.run.routes == ("train",)
+    assert config.run.folder == Path("runs") / path.stem.replace("_", "-")
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_every_layer_but_the_ends_can_be_sparse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES.parent)
+    model = load_model(f"examples.models:{name}", {})
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    choice = select(model, Pattern.parse("2:4-T"))
+    assert len(choice.chosen) == {"resnet": 20, "vit": 24}[name]
+    assert len(choice.skipped) == {"resnet": 2, "vit": 2}[name]
+
+
+SMALL_VIT = "{ size = 8, patch = 4, width = 16, depth = 1, heads = 2, classes = 2 }"
+SMALL_RESNET = "{ width = 4, depth = 1, classes = 2 }"
+
+
+@pytest.mark.parametrize(("network", "arguments"), [("resnet", SMALL_RESNET), ("vit", SMALL_VIT)])
+def test_a_small_image_classifier_trains(
+    tnm: Tnm,  # noqa: F811  # the fixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    network: str,
+    arguments: str,
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES.parent), *sys.path])
+    write_images(tmp_path / "pictures")
+    ended = tnm(
+        *("train", "--config", str(EXAMPLES / "image_classifier.toml"), "--data", "pictures", "--json"),
+        *("--model", f"examples.models:{network}", "--set", f"model.args={arguments}"),
+        *("--set", "data.args.size=8", "--set", "data.args.resize=8", "--set", "data.args.pad=1"),
+        *("--set", "train.epochs=1", "--set", "train.batch_size=8"),
+    )
+    assert ended.code == 0, ended.err
+    layers = ended.json()["stages"]["train"]["result"]["layers"]
+    assert [row["violations"] + row["violations_transposed"] for row in layers if row["pattern"]]
+    assert not any(row["violations"] + row["violations_transposed"] for row in layers if row["pattern"])
+
+
+def test_a_small_sentence_encoder_trains(tnm: Tnm, tmp_path: Path) -> None:  # noqa: F811  # the fixture
+    write_encoder(tmp_path / "bert")
+    write_pairs(tmp_path / "pairs.tsv")
+    ended = tnm("train", "--config", str(EXAMPLES / "sentence_encoder.toml"), "--model", "hf:bert", "--json")
+    assert ended.code == 0, ended.err
+    result = ended.json()["stages"]["train"]["result"]
+    assert -1 <= result["spearman"] <= 1
+    assert len([row for row in result["layers"] if row["pattern"]]) == 12
+    assert json.loads((tmp_path / "runs/sentence-encoder/train/result.json").read_text())["metric"] == "spearman"

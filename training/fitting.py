@@ -1,0 +1,95 @@
+"""What goes into `fit` and what comes out."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tnm_pipeline.training.backend import Backend
+from tnm_pipeline.training.finalize import LayerReport
+from tnm_pipeline.training.optimizers import OptimizerName
+from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.recipes import Recipe
+from tnm_pipeline.training.selection import Selection
+from tnm_pipeline.training.tasks import Classification
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the training set, each without the samples that do not fill a last batch.
+        batch_size: samples in an optimizer step, over all processes.
+        accumulate: parts that the batch of a step is computed in, one after the other, which takes less memory and
+            changes no mask; batch norm sees the parts.
+        optimizer: `sgd` (Nesterov) or `adamw`.
+        lr: peak learning rate of dense training; a recipe scales it.
+        momentum: of SGD; of AdamW, the decay rate of the gradients' mean.
+        weight_decay: on weights with two or more dimensions: L2 for SGD, decoupled for AdamW.
+        warmup: fraction of the steps in which the rate rises linearly; then it falls as a cosine to zero.
+        clip_norm: largest gradient norm.
+        seed: of initial weights and sample order.
+        save_every: optimizer steps between state files.
+    """
+
+    epochs: int = 40
+    batch_size: int = 64
+    accumulate: int = 1
+    optimizer: OptimizerName = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+    clip_norm: float = 1.0
+    seed: int = 0
+    save_every: int = 200
+
+
+@dataclass(frozen=True)
+class SparseTraining:
+    """How a training becomes sparse: the arguments of a `Sparsifier`."""
+
+    pattern: Pattern
+    recipe: Recipe
+    selection: Selection = field(default_factory=Selection)
+    backend: Backend = "masked"
+
+
+@dataclass
+class History:
+    """Curves of one training, JSON-able.
+
+    Attributes:
+        loss: (optimizer step, mean training loss of the epoch).
+        score: (optimizer step, the task's metric on the test set) after every epoch.
+        flip_rate: (optimizer step, fraction of mask entries that changed).
+    """
+
+    loss: list[tuple[int, float]] = field(default_factory=list)
+    score: list[tuple[int, float]] = field(default_factory=list)
+    flip_rate: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training leaves; the model itself was trained in place and is plain.
+
+    Attributes:
+        metric: what the score is, as the task names it: `accuracy`, `spearman`.
+        score: on the test set, zeros written.
+        history: curves.
+        layers: a row per prunable layer; empty when dense.
+        masks: layer name -> bool mask; empty when dense.
+    """
+
+    metric: str
+    score: float
+    history: History
+    layers: list[LayerReport]
+    masks: dict[str, Tensor]
+
+    @property
+    def accuracy(self) -> float:
+        """The score of a classification: top-1 accuracy in [0, 1]."""
+        assert self.metric == Classification.metric, f"the score is a {self.metric}"
+        return self.score

@@ -1,0 +1,180 @@
+"""What is learned from a data set: how outputs become a loss, and how a test set becomes a score."""
+
+# B = samples in a batch, S = samples in a set, T = tokens of a sentence, D = features of a token
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_EIGHT = 8  # tokens: lengths of batches are multiples, so that kernels and compilers see few shapes
+
+
+class TaskError(ValueError):
+    """What the model returns is not what the task needs."""
+
+
+class Task(ABC):
+    """A kind of supervised learning. A sample is some input tensors and, last, its target.
+
+    Attributes:
+        metric: what `score` is called, in lower case; larger is better.
+        at_once: samples that are scored in one forward pass.
+    """
+
+    metric: str
+    at_once: int
+
+    @abstractmethod
+    def predict(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+        """What the model says about a batch, an entry or a row for each sample.
+
+        Args:
+            model: in any mode; called once.
+            inputs: a batch of each input tensor.
+
+        Raises:
+            TaskError: the model returns something else than it should.
+        """
+
+    def lengths(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """Lengths of samples that are padded to the longest of their batch, (S,); None where all are alike.
+
+        Args:
+            tensors: of a whole set.
+        """
+        return None
+
+    @abstractmethod
+    def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of a batch, a 0-dim tensor."""
+
+    @abstractmethod
+    def score(self, predictions: Tensor, targets: Tensor) -> float:
+        """The metric of a whole set."""
+
+    @abstractmethod
+    def check(self, predictions: Tensor, targets: Tensor) -> None:
+        """Refuse predictions that do not fit the targets.
+
+        Args:
+            predictions: of a few samples.
+            targets: of all samples, training and test.
+
+        Raises:
+            TaskError: they do not fit.
+        """
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """One input tensor to class scores: cross entropy, top-1 accuracy. Targets are (S,) int64 class indices."""
+
+    metric = "accuracy"
+    at_once = 1024
+
+    def predict(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+        """(B, classes)."""
+        outputs: Any = model(*inputs)
+        if not isinstance(outputs, Tensor):
+            raise TaskError(
+                f"the model returns a {type(outputs).__name__}: it must return one tensor, the class scores"
+            )
+        return outputs
+
+    def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy."""
+        return F.cross_entropy(predictions, targets)
+
+    def score(self, predictions: Tensor, targets: Tensor) -> float:
+        """Share of the samples whose largest class score is that of their class."""
+        return int((predictions.argmax(1) == targets).sum()) / len(targets)
+
+    def check(self, predictions: Tensor, targets: Tensor) -> None:
+        """Fewer outputs than classes are refused."""
+        classes = 1 + int(targets.max())
+        if predictions.dim() != 2 or predictions.shape[1] < classes:
+            raise TaskError(
+                f"the data has {classes} classes, the model gives {tuple(predictions.shape)} for "
+                f"{len(predictions)} inputs: it must give ({len(predictions)}, {classes}) or more classes"
+            )
+
+
+@dataclass(frozen=True)
+class Similarity(Task):
+    """Two sentences to their similarity: mean squared error, Spearman's rank correlation.
+
+    The embedding of a sentence is the mean over its tokens of the model's last hidden states; the prediction is the
+    cosine of two embeddings. Targets are (S,) float scores in [0, 1]. Nothing of this is a layer: the checkpoint holds
+    the encoder alone.
+
+    Attributes:
+        names: of the model's arguments, one for each input tensor (S, 2, T); `attention_mask` is one of them.
+    """
+
+    names: tuple[str, ...] = ("input_ids", "attention_mask")
+
+    metric = "spearman"
+    at_once = 64
+
+    def predict(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+        """(B,) cosines; columns that are padding in the whole batch are cut off first."""
+        arguments = {name: tensor.flatten(0, 1) for name, tensor in zip(self.names, inputs, strict=True)}
+        longest = int(arguments["attention_mask"].sum(1).max())
+        longest += -longest % _EIGHT
+        arguments = {name: tensor[:, :longest] for name, tensor in arguments.items()}
+        hidden = _hidden_states(model(**arguments), arguments["attention_mask"])
+        real = arguments["attention_mask"].unsqueeze(2).to(hidden.dtype)
+        embeddings = (hidden * real).sum(1) / real.sum(1)
+        first, second = embeddings.unflatten(0, (-1, 2)).unbind(1)
+        return F.cosine_similarity(first, second)
+
+    def lengths(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tokens of the longer sentence."""
+        return tensors[self.names.index("attention_mask")].sum(2).amax(1)
+
+    def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error."""
+        return F.mse_loss(predictions, targets.to(predictions.dtype))
+
+    def score(self, predictions: Tensor, targets: Tensor) -> float:
+        """Spearman's rank correlation."""
+        return spearman(predictions, targets)
+
+    def check(self, predictions: Tensor, targets: Tensor) -> None:
+        """Any cosine will do."""
+
+
+def _hidden_states(outputs: Any, attention_mask: Tensor) -> Tensor:
+    """(B, T, D) of a model of transformers, or of one that returns that tensor itself."""
+    hidden = getattr(outputs, "last_hidden_state", outputs)
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != attention_mask.shape:
+        found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(outputs).__name__
+        raise TaskError(
+            f"the model gives {found} for tokens of shape {tuple(attention_mask.shape)}: similarity needs an encoder "
+            "that returns its hidden states (sentences, tokens, features), or has them in last_hidden_state"
+        )
+    return hidden
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Pearson's correlation of the ranks, equal values sharing their mean rank; 0 where all values of one are equal.
+
+    Args:
+        first: (S,), any real dtype.
+        second: likewise.
+    """
+    ranks = torch.stack([_ranks(first), _ranks(second)])
+    ranks = ranks - ranks.mean(1, keepdim=True)
+    norms = ranks.square().sum(1).sqrt()
+    return float(ranks[0] @ ranks[1] / norms.prod()) if bool(norms.all()) else 0.0
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, places, counts = values.unique(return_inverse=True, return_counts=True)
+    ranks: Tensor = (counts.cumsum(0) - (counts - 1) / 2).double()
+    return ranks[places]
