@@ -99,6 +99,15 @@ class TrainSection(_Section):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     save_every: Annotated[int, Field(ge=1)] = 200
 
+    @model_validator(mode="after")
+    def _a_rate_for_adamw(self) -> Self:
+        if self.optimizer == "adamw" and "lr" not in self.model_fields_set:
+            raise ValueError(
+                "optimizer = adamw needs a learning rate of its own, such as lr = 1e-3, or 1e-4 for pretrained "
+                f"weights: the default, {self.lr:g}, is for sgd"
+            )
+        return self
+
     def full_recipe(self) -> Recipe:
         """The recipe with what is changed about it.
 

@@ -1,6 +1,7 @@
 """The stages that make checkpoints by training or pruning: dense, train, prune; and the choice between all routes."""
 
 import json
+import math
 import shutil
 import signal
 from collections.abc import Mapping
@@ -91,8 +92,8 @@ def choose(context: Context) -> dict[str, Any]:
     routes = context.config.run.routes
     results = {route: json.loads(context.inputs[f"{route} result"].read_text(encoding="utf-8")) for route in routes}
     metric = metric_of(results.values()).key
-    candidates = {route: score_of(results[route]) or 0.0 for route in routes}
-    best = max(routes, key=lambda route: candidates[route])
+    candidates = {route: score_of(results[route]) for route in routes}
+    best = max(routes, key=lambda route: -math.inf if (score := candidates[route]) is None else score)
     shutil.copyfile(context.inputs[best], context.folder / CHECKPOINT)
     return {"route": best, "metric": metric, metric: candidates[best], "candidates": candidates}
 

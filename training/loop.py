@@ -247,5 +247,7 @@ class _Training:
             self.history.flip_rate = [(refresh.step, refresh.flip_rate) for refresh in self.sparsifier.telemetry]
             # Not strict: a loss scaler that skipped steps may leave the end of a ramp out, and there is no way back.
             layers, masks = self.sparsifier.finalize(strict=False)
+        # Mixed precision lives in a `forward` of the model's own, which would stay.
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.model.eval()
         return FitResult(self.data.task.metric, self.score(), self.history, layers, masks)

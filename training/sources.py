@@ -138,7 +138,7 @@ def load_data(source: str, arguments: Mapping[str, Any]) -> Splits:
         check_arguments(pairs.load_pairs, source, {"source": source, **arguments}, "data")
         splits: Splits = pairs.load_pairs(source, **arguments)
         return splits
-    if source and Path(source).is_dir():
+    if source and source not in DATA and Path(source).is_dir():
         folders = importlib.import_module("tnm_pipeline.training.image_folder")  # likewise
         images: Splits = folders.load_image_folder(Path(source), arguments)
         return images

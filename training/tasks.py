@@ -167,7 +167,15 @@ def spearman(first: Tensor, second: Tensor) -> float:
     Args:
         first: (S,), any real dtype.
         second: likewise.
+
+    Raises:
+        TaskError: NaN, which has no rank.
     """
+    broken = int((first.isnan() | second.isnan()).sum())
+    if broken:
+        raise TaskError(
+            f"{broken} of {len(first)} predictions or targets are NaN: the model overflows or its weights are broken"
+        )
     ranks = torch.stack([_ranks(first), _ranks(second)])
     ranks = ranks - ranks.mean(1, keepdim=True)
     norms = ranks.square().sum(1).sqrt()
@@ -176,5 +184,6 @@ def spearman(first: Tensor, second: Tensor) -> float:
 
 def _ranks(values: Tensor) -> Tensor:
     _, places, counts = values.unique(return_inverse=True, return_counts=True)
-    ranks: Tensor = (counts.cumsum(0) - (counts - 1) / 2).double()
+    counts = counts.double()
+    ranks: Tensor = counts.cumsum(0) - (counts - 1) / 2
     return ranks[places]

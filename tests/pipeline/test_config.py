@@ -161,6 +161,12 @@ def test_a_recipe_is_changed_by_keys_of_its_own() -> None:
     assert train.full_recipe() == replace(RECIPES["gradual"], decay=5e-4, sampled_gradient=True)
 
 
+def test_adamw_wants_a_rate_of_its_own() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer = adamw needs a learning rate of its own"):
+        load_config(None, ["train.optimizer=adamw"])
+    assert load_config(None, ["train.optimizer=adamw", "train.lr=1e-3"]).train.lr == 1e-3
+
+
 def test_a_change_that_a_recipe_does_not_take_is_named() -> None:
     with pytest.raises(ConfigError, match="recipe s-ste: a soft threshold shrinks weights by itself: leave decay"):
         load_config(None, ["train.recipe=s-ste", "train.decay=0.001", "sparsity.pattern=2:4"])

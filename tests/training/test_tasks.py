@@ -123,3 +123,8 @@ def test_classes_need_an_output_each() -> None:
     Classification().check(torch.zeros(2, 3), torch.tensor([0, 2]))
     with pytest.raises(TaskError, match=r"the data has 4 classes, the model gives \(2, 3\)"):
         Classification().check(torch.zeros(2, 3), torch.tensor([0, 3]))
+
+
+def test_what_is_not_a_number_has_no_rank() -> None:
+    with pytest.raises(TaskError, match="1 of 3 predictions or targets are NaN"):
+        spearman(torch.tensor([float("nan"), 1.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]))
