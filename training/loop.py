@@ -166,6 +166,7 @@ class _Training:
                 f"{self.steps}: lower train.lr (now {self.lr:g}) or raise train.warmup; the last good state was kept"
             )
         rate = float(self.schedule.get_last_lr()[0])
+        updates = len(self.sparsifier.telemetry) if self.sparsifier else 0
         self.stepper.step()
         self.schedule.step()
         self.done += 1
@@ -178,8 +179,9 @@ class _Training:
             (_, trained), (_, tested) = self.history.loss[-1], self.history.score[-1]
             names = ("training loss", f"test {self.data.task.metric}", "learning rate")
             self.events.add_epoch(self.done, dict(zip(names, (trained, tested, rate), strict=True)))
-        if self.sparsifier and self.sparsifier.telemetry and self.sparsifier.telemetry[-1].step == self.done:
-            self.events.add_refresh(self.sparsifier.telemetry[-1])
+        # Counted, as the Sparsifier's steps lag behind where a loss scaler skips some.
+        for refresh in self.sparsifier.telemetry[updates:] if self.sparsifier else ():
+            self.events.add_refresh(refresh)
 
     def backward(self, batch: Sequence[Tensor]) -> Tensor:
         """Add the gradients of a batch, part by part; returns its mean loss."""
