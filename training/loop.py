@@ -49,6 +49,8 @@ def fit(
 ) -> FitResult:
     """Train a model, densely or with masks; resume bit for bit when a state file is there.
 
+    To the bit with the backend `masked`; on several processes only where nothing is drawn at random, as by dropout.
+
     Args:
         model: trained in place from the weights that it has.
         data: training and test set, and what is learned from them.
