@@ -7,11 +7,12 @@ the SHA-256 recorded when it was written.
 import hashlib
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tnm_pipeline.engines import decode
 from tnm_pipeline.engines.errors import ArtifactRejected
-from tnm_pipeline.engines.manifest import Manifest
+from tnm_pipeline.engines.manifest import ExternalFile, Manifest
 
 
 def manifest_path(artifact: Path) -> Path:
@@ -93,17 +94,20 @@ def verify_artifact(artifact: Path) -> Manifest:
         The manifest.
 
     Raises:
-        ArtifactRejected: Either file is missing, the manifest does not hold, or size or SHA-256 differ (both
-            sides are named).
+        ArtifactRejected: A file is missing, the manifest does not hold, or size or SHA-256 differ (both sides are
+            named). The files that hold weights beside an ONNX artifact count.
         OSError: The artifact cannot be read.
     """
     manifest = _manifest_of_existing(artifact)
     _match(artifact, manifest, artifact.stat().st_size, lambda: sha256_of(artifact))
+    _match_external(artifact, manifest)
     return manifest
 
 
 def read_verified(artifact: Path) -> tuple[Manifest, bytes]:
     """Like `verify_artifact`, returning the very bytes that were hashed: nobody can swap the file in between.
+
+    That holds for the artifact; external files are hashed here and read again by the runtime.
 
     Args:
         artifact: An ONNX file or a plan.
@@ -118,6 +122,7 @@ def read_verified(artifact: Path) -> tuple[Manifest, bytes]:
     manifest = _manifest_of_existing(artifact)
     content = artifact.read_bytes()
     _match(artifact, manifest, len(content), lambda: hashlib.sha256(content).hexdigest())
+    _match_external(artifact, manifest)
     return manifest, content
 
 
@@ -126,19 +131,28 @@ def _manifest_of_existing(artifact: Path) -> Manifest:
     return read_manifest(artifact)
 
 
-def _match(artifact: Path, manifest: Manifest, size: int, sha256: Callable[[], str]) -> None:
+def _match(path: Path, stated: Manifest | ExternalFile, size: int, sha256: Callable[[], str]) -> None:
     """Compare size, then hash: the size is cheaper and names a truncation for what it is."""
     decode.require(
-        size == manifest.bytes,
-        f"{artifact} has {size} bytes, its manifest states {manifest.bytes}. {_rebuild(artifact)}",
+        size == stated.bytes,
+        f"{path} has {size} bytes, its manifest states {stated.bytes}. {_rebuild(path)}",
     )
     actual = sha256()
     decode.require(
-        actual == manifest.sha256,
-        f"{artifact} has sha256 {actual}, its manifest states {manifest.sha256}. {_rebuild(artifact)}",
+        actual == stated.sha256,
+        f"{path} has sha256 {actual}, its manifest states {stated.sha256}. {_rebuild(path)}",
     )
 
 
+def _match_external(artifact: Path, manifest: Manifest) -> None:
+    for file in manifest.external:
+        path = artifact.with_name(file.name)
+        decode.require(
+            path.is_file(), f"{path} is missing, and {artifact.name} keeps weights in it. {_rebuild(artifact)}"
+        )
+        _match(path, file, path.stat().st_size, partial(sha256_of, path))
+
+
 def _rebuild(artifact: Path) -> str:
-    command = "tnm-pipeline export" if artifact.suffix == ".onnx" else "tnm-pipeline export --trt"
+    command = "tnm-pipeline export --trt" if artifact.suffix == ".plan" else "tnm-pipeline export"
     return f"Write both files again with `{command}`, or copy them together from where they were written"

@@ -13,16 +13,37 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from tnm_pipeline.engines import decode
 from tnm_pipeline.engines.errors import ArtifactRejected
-from tnm_pipeline.engines.tensors import TensorSpec, tensor_spec
+from tnm_pipeline.engines.tensors import Ranges, TensorSpec, check_ranges, read_ranges, tensor_spec
 
-__all__ = ["BACKENDS", "PRECISIONS", "SCHEMA", "Manifest", "TensorSpec"]
+__all__ = ["BACKENDS", "PRECISIONS", "SCHEMA", "ExternalFile", "Manifest", "Ranges", "TensorSpec"]
 
 SCHEMA = 1
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMPUTE_CAPABILITY = re.compile(r"[1-9][0-9]*\.[0-9]")
+
+
+@dataclass(frozen=True)
+class ExternalFile:
+    """A file beside an ONNX artifact that holds some of its weights.
+
+    Attributes:
+        name: File name, without a folder.
+        sha256: Hex digest of its bytes.
+        bytes: Its size.
+
+    Raises:
+        ArtifactRejected: A value is outside what this schema allows.
+    """
+
+    name: str
+    sha256: str
+    bytes: int
+
+    def __post_init__(self) -> None:
+        _check_file(self.name, self.sha256, self.bytes)
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,9 @@ class Manifest:
         gpu: Name of the building machine's GPU, None without one.
         driver: Its driver version, None without one.
         sparsity: The summary of the sparsity report; any JSON object.
+        profiles: The optimisation profiles of a plan in their order: a call is answered by one whose ranges hold all
+            its sizes. Empty for an ONNX artifact, and for a plan of fixed sizes.
+        external: Files beside an ONNX artifact that hold its larger weights; empty where all are inside.
 
     Raises:
         ArtifactRejected: A value is outside what this schema allows.
@@ -68,15 +92,11 @@ class Manifest:
     gpu: str | None
     driver: str | None
     sparsity: Mapping[str, object]
+    profiles: tuple[Ranges, ...] = ()
+    external: tuple[ExternalFile, ...] = ()
 
     def __post_init__(self) -> None:
-        name = self.artifact
-        decode.require(
-            PureWindowsPath(name).name == name not in ("", ".."),
-            f"artifact must be a bare file name, not {name!r}",
-        )
-        decode.require(bool(_SHA256.fullmatch(self.sha256)), f"sha256 is not 64 hex digits: {self.sha256!r}")
-        decode.require(self.bytes >= 0, f"bytes is {self.bytes}")
+        _check_file(self.artifact, self.sha256, self.bytes)
         decode.require(self.backend in BACKENDS, f"backend is {self.backend!r}; known: {', '.join(BACKENDS)}")
         decode.require(bool(self.backend_version), "backend_version is empty")
         decode.require(self.precision in PRECISIONS, f"precision is {self.precision!r}; known: {', '.join(PRECISIONS)}")
@@ -85,6 +105,8 @@ class Manifest:
                 bool(_COMPUTE_CAPABILITY.fullmatch(capability)),
                 f"compute capability {capability!r} is not like '8.9'",
             )
+        for index, ranges in enumerate(self.profiles):
+            check_ranges(ranges, f"profile {index}")
         for side, specs in (("inputs", self.inputs), ("outputs", self.outputs)):
             names = [spec.name for spec in specs]
             decode.require(
@@ -92,7 +114,9 @@ class Manifest:
             )
         if self.backend == "onnxruntime":
             decode.require(not self.compute_capabilities, "an ONNX artifact has no compute capabilities")
+            decode.require(not self.profiles, "an ONNX artifact has no profiles")
         else:
+            decode.require(not self.external, f"a {self.backend} plan has no external files")
             decode.require(bool(self.compute_capabilities), f"a {self.backend} plan lists no compute capability")
         decode.require(
             (self.source_onnx is None) == (self.source_sha256 is None),
@@ -161,7 +185,28 @@ class Manifest:
             gpu=decode.optional(record["gpu"], "gpu", decode.text),
             driver=decode.optional(record["driver"], "driver", decode.text),
             sparsity=decode.mapping(record["sparsity"], "sparsity"),
+            profiles=decode.sequence(record["profiles"], "profiles", read_ranges),
+            external=decode.sequence(record["external"], "external", _external_file),
         )
+
+
+def _check_file(name: str, sha256: str, size: int) -> None:
+    decode.require(
+        PureWindowsPath(name).name == name not in ("", ".."),
+        f"artifact must be a bare file name, not {name!r}",
+    )
+    decode.require(bool(_SHA256.fullmatch(sha256)), f"sha256 is not 64 hex digits: {sha256!r}")
+    decode.require(size >= 0, f"bytes is {size}")
+
+
+def _external_file(value: object, key: str) -> ExternalFile:
+    record = decode.mapping(value, key)
+    decode.exact_keys(record, [f.name for f in fields(ExternalFile)], key)
+    return ExternalFile(
+        name=decode.text(record["name"], f"{key}.name"),
+        sha256=decode.text(record["sha256"], f"{key}.sha256"),
+        bytes=decode.whole(record["bytes"], f"{key}.bytes"),
+    )
 
 
 def _canonical(record: Mapping[str, object]) -> str:

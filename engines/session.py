@@ -109,7 +109,7 @@ def load(
     path = Path(path)
     manifest, content = read_verified(path)
     if manifest.backend == "onnxruntime":
-        return Session(manifest, _onnxruntime(manifest, content, device))
+        return Session(manifest, _onnxruntime(manifest, content, path, device))
     try:
         return Session(manifest, _tensorrt(manifest, content))
     except EnvironmentLacks as error:
@@ -121,10 +121,10 @@ def load(
 # The two imports wait until the bytes are verified: a refused artifact reaches no runtime.
 
 
-def _onnxruntime(manifest: Manifest, model: bytes, device: str) -> Backend:
+def _onnxruntime(manifest: Manifest, model: bytes, path: Path, device: str) -> Backend:
     from tnm_pipeline.engines.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(manifest, model, device=device, driver=probe())
+    return OnnxRuntimeBackend(manifest, model, folder=path.parent, device=device, driver=probe())
 
 
 def _tensorrt(manifest: Manifest, plan: bytes) -> Backend:
@@ -145,7 +145,7 @@ def _fall_back(path: Path, plan: Manifest, reason: str, device: str) -> Session:
         )
     if manifest.backend != "onnxruntime":
         raise ArtifactRejected(f"{source} is a {manifest.backend} plan, not the ONNX file that {path.name} names")
-    return Session(manifest, _onnxruntime(manifest, model, device), fallback_reason=reason)
+    return Session(manifest, _onnxruntime(manifest, model, source, device), fallback_reason=reason)
 
 
 def _with_ways_out(error: EnvironmentLacks, path: Path, plan: Manifest) -> EnvironmentLacks:

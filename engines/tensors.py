@@ -22,6 +22,10 @@ DTYPES = (
 )
 
 
+Ranges = Mapping[str, tuple[int, int, int]]
+"""Name of a dynamic dimension -> its (min, opt, max) sizes."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One input or output of an artifact.
@@ -30,7 +34,7 @@ class TensorSpec:
         name: The tensor's name in the graph.
         dtype: A numpy name, one of `DTYPES`.
         shape: One entry per dimension: a size, or the name of a dynamic dimension (`"batch"`).
-        ranges: Dimension name -> (min, opt, max) sizes that the engine was built for; empty where any goes.
+        ranges: Sizes that the engine was built for, over all its profiles; empty where any goes.
 
     Raises:
         ArtifactRejected: The values contradict each other.
@@ -39,7 +43,7 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
-    ranges: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    ranges: Ranges = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         where = f"tensor {self.name!r}"
@@ -47,14 +51,24 @@ class TensorSpec:
         decode.require(self.dtype in DTYPES, f"{where} has dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         for size in self.shape:
             decode.require(size != "" and (isinstance(size, str) or size >= 0), f"{where} has the dimension {size!r}")
-        for dim, (low, best, high) in self.ranges.items():
+        check_ranges(self.ranges, where)
+        for dim in self.ranges:
             decode.require(
                 dim in self.shape, f"{where} has a range for {dim!r}, which is not in its shape {self.shape}"
             )
-            decode.require(
-                0 <= low <= best <= high,
-                f"{where}: the range of {dim!r} is not min <= opt <= max: {low, best, high}",
-            )
+
+
+def check_ranges(ranges: Ranges, where: str) -> None:
+    """Refuse ranges that are not min <= opt <= max; `where` is what a complaint names.
+
+    Raises:
+        ArtifactRejected: One of them is not.
+    """
+    for dim, (low, best, high) in ranges.items():
+        decode.require(
+            0 <= low <= best <= high,
+            f"{where}: the range of {dim!r} is not min <= opt <= max: {low, best, high}",
+        )
 
 
 def tensor_spec(value: object, key: str) -> TensorSpec:
@@ -65,13 +79,21 @@ def tensor_spec(value: object, key: str) -> TensorSpec:
     """
     record = decode.mapping(value, key)
     decode.exact_keys(record, [f.name for f in fields(TensorSpec)], key)
-    ranges = decode.mapping(record["ranges"], f"{key}.ranges")
     return TensorSpec(
         name=decode.text(record["name"], f"{key}.name"),
         dtype=decode.text(record["dtype"], f"{key}.dtype"),
         shape=decode.sequence(record["shape"], f"{key}.shape", _size),
-        ranges={dim: _range(sizes, f"{key}.ranges.{dim}") for dim, sizes in ranges.items()},
+        ranges=read_ranges(record["ranges"], f"{key}.ranges"),
     )
+
+
+def read_ranges(value: object, key: str) -> Ranges:
+    """Read the ranges of a tensor or of a profile; `key` is what a complaint names.
+
+    Raises:
+        ArtifactRejected: Not an object of lists of three whole numbers.
+    """
+    return {dim: _range(sizes, f"{key}.{dim}") for dim, sizes in decode.mapping(value, key).items()}
 
 
 def _size(value: object, key: str) -> int | str:

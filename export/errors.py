@@ -11,3 +11,11 @@ class AccuracyGateFailed(RuntimeError):
 
 class BuildFailed(RuntimeError):
     """A TensorRT builder or parser gave up; the message holds its last log lines."""
+
+
+class BuildOutOfMemory(BuildFailed):
+    """A build that ended for lack of memory, on the machine or on its GPU."""
+
+
+class BuildSettingError(ValueError):
+    """A setting of a build makes no sense, or its profiles do not fit the graph."""

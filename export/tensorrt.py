@@ -1,36 +1,69 @@
-"""An ONNX file to a TensorRT plan with its manifest: one builder for tensorrt 10, tensorrt 11 and tensorrt_rtx.
+"""An ONNX file to a TensorRT plan with its manifest, with tensorrt 10, tensorrt 11 or tensorrt_rtx.
 
-Their APIs are told apart by feature, never by version number. Nothing here touches a Runtime: tensorrt's
-segfaults on a machine without a driver.
+The builder works in a process of its own: what happens to that process becomes an exception here. Nothing here touches
+a Runtime: tensorrt's segfaults on a machine without a driver.
 """
 
-import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-import onnx
 
 from tnm_pipeline.engines.artifact import sha256_of, write_manifest
 from tnm_pipeline.engines.driver import Driver, probe
 from tnm_pipeline.engines.errors import EnvironmentLacks
-from tnm_pipeline.engines.manifest import Manifest
-from tnm_pipeline.export.artifacts import read_onnx, tensor_specs
-from tnm_pipeline.export.build_log import BuildLog
-from tnm_pipeline.export.errors import BuildFailed, ExportRejected
-from tnm_pipeline.export.rtx_plan import capabilities_in_header
-from tnm_pipeline.training.atomic import write_atomically
+from tnm_pipeline.engines.manifest import Manifest, Ranges, TensorSpec
+from tnm_pipeline.export.building.engine_precision import check_engine_precision
+from tnm_pipeline.export.building.log import BuildLog
+from tnm_pipeline.export.building.outcome import Hearing, built
+from tnm_pipeline.export.building.process import run
+from tnm_pipeline.export.building.profiles import profiles_of, shapes_of
+from tnm_pipeline.export.building.progress import BuildProgress
+from tnm_pipeline.export.building.request import BuildRequest, Built
+from tnm_pipeline.export.building.rtx_plan import capabilities_in_header
+from tnm_pipeline.export.errors import BuildFailed, BuildSettingError, ExportRejected
 
 BUILDERS = ("tensorrt", "tensorrt_rtx")
 Backend = Literal["auto", "tensorrt", "tensorrt_rtx"]
-Precision = Literal["fp32", "fp16"]
-Progress = Callable[[str, int, int], None]
+Precision = Literal["fp32", "fp16", "bf16"]
+Progress = Callable[[BuildProgress], None]
 
-_TRT_DTYPES = {"fp32": "FLOAT", "fp16": "HALF"}
+_DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool")  # of a plan's tensors
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build. What a builder lacks is refused, or left aside with a note in the report.
+
+    Attributes:
+        workspace_mib: Most scratch memory of a tactic, in MiB; None leaves it to the builder.
+        timing_cache: A file that keeps what tactics took, for later builds on the same GPU; it need not exist. Left
+            aside by tensorrt_rtx, which times nothing while it builds.
+        version_compatible: The plan shall run with later releases of TensorRT too.
+        hardware_compatible: Run on other GPUs than that of this machine: on all since Ampere, or on those of the same
+            compute capability. tensorrt_rtx refuses it: there, list the GPUs in `compute_capabilities`.
+        time_limit_s: Seconds after which a build is stopped; None for ever.
+        detailed: Keep in the plan what the engine inspector tells of each layer, names of tactics included.
+
+    Raises:
+        BuildSettingError: A limit is not positive.
+    """
+
+    workspace_mib: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: Literal["ampere_plus", "same_compute_capability"] | None = None
+    time_limit_s: float | None = 7200
+    detailed: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("workspace_mib", "time_limit_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise BuildSettingError(f"{name} is {value}; give more than 0, or None for no limit")
 
 
 @dataclass(frozen=True)
@@ -42,11 +75,25 @@ class BuildReport:
         eligible_layers: Layers that the builder called eligible for sparse tactics; None when it did not say.
         picked_layers: Layers for which it chose one; None when it did not say. With None, the most that can be
             claimed is `manifest.sparse_weights_flag`.
+        eligible_names: Their names; None when it did not list them.
+        picked_names: Likewise.
+        seconds: What the build took, its process's start included.
+        timing_cache_used: Whether a timing cache was read and kept; None where none was asked for.
+        inspector: One object per layer from the engine inspector; None without a GPU that runs the plan.
+        notes: Settings that the builder left aside, each with the reason.
+        log: All that the builder said.
     """
 
     manifest: Manifest
     eligible_layers: int | None
     picked_layers: int | None
+    eligible_names: tuple[str, ...] | None
+    picked_names: tuple[str, ...] | None
+    seconds: float
+    timing_cache_used: bool | None
+    inspector: list[dict[str, Any]] | None
+    notes: tuple[str, ...]
+    log: BuildLog
 
 
 def available_builders() -> list[str]:
@@ -62,11 +109,13 @@ def build_plan(
     precision: Precision,
     sparsity: Mapping[str, object],
     backend: Backend = "auto",
-    batch: tuple[int, int, int] = (1, 8, 64),
+    profiles: Sequence[Ranges] = ({"batch": (1, 8, 64)},),
     compute_capabilities: Sequence[str] = ("8.0", "8.9", "12.0"),
+    keep_fp32: Collection[str] = (),
+    options: BuildOptions = BuildOptions(),
     on_progress: Progress | None = None,
 ) -> BuildReport:
-    """Build a strongly typed plan and write it with its manifest.
+    """Build a strongly typed plan in a process of its own, and write it with its manifest.
 
     Args:
         onnx_path: The graph; its types decide the plan's precision.
@@ -75,73 +124,86 @@ def build_plan(
         precision: What the graph computes in; a convolution or matrix product in another type is refused.
         sparsity: `SparsityReport.summary()` of `onnx_path`, for the manifest.
         backend: `"auto"` takes tensorrt where it is installed and a GPU is present, else tensorrt_rtx.
-        batch: (min, opt, max) of dimension 0 where it is dynamic.
+        profiles: For each optimisation profile, (min, opt, max) of every dimension that may vary, by name. Names that
+            no input has are left out.
         compute_capabilities: GPUs to build for with tensorrt_rtx, which needs none here. tensorrt builds for
             the GPU of this machine only and ignores them.
-        on_progress: Called with (phase, steps done, steps in all), possibly from the builder's threads. What it
-            raises stops the build and comes out of this function.
+        keep_fp32: Names of nodes that compute in fp32 whatever `precision` says.
+        options: How to build.
+        on_progress: Called after every step of every phase, and at least once a second. What it raises,
+            `KeyboardInterrupt` included, ends the build's process and comes out of this function.
 
     Returns:
-        The manifest and what the builder said about sparse layers.
+        The manifest, what the builder said about sparse layers, and the engine inspector's answer.
 
     Raises:
-        EnvironmentLacks: No builder is installed, or tensorrt was asked for on a machine without a GPU.
-        ExportRejected: The ONNX file is malformed, not in `precision`, or dynamic beyond the batch.
-        ValueError: A compute capability is unknown to this builder, or `batch` is not 1 <= min <= opt <= max.
-        BuildFailed: The parser or the builder gave up.
+        EnvironmentLacks: No builder is installed, tensorrt was asked for on a machine without a GPU, or the builder
+            does not know a compute capability or an option.
+        ExportRejected: The ONNX file is malformed, not in `precision`, or has inputs that no plan can have.
+        BuildSettingError: The profiles contradict themselves or the graph.
+        OSError: The folder is missing, read-only or full.
+        BuildOutOfMemory: Memory ran out.
+        BuildFailed: The parser or the builder gave up, crashed, was killed or ran into the time limit.
     """
-    if not 1 <= batch[0] <= batch[1] <= batch[2]:
-        raise ValueError(f"batch must be 1 <= min <= opt <= max, not {batch}")
+    from tnm_pipeline.export.artifacts import read_onnx, tensor_specs
+
+    begun = time.perf_counter()
     driver = probe()
     name = _choose(backend, driver)
-    trt = _import(name)
     graph = read_onnx(onnx_path).graph
-    inputs, outputs = tensor_specs(graph.input, batch), tensor_specs(graph.output, batch)
-    logger = _logger(trt)
-    log = logger.sink = BuildLog()
-    builder = trt.Builder(logger)
-    if builder is None:
-        raise BuildFailed(f"{name} could not create a builder:\n{log.trouble()}")
-    network, parser = _parse(trt, builder, logger, onnx_path, log)
-    _check_precision(trt, network, precision, onnx_path)
-    config = builder.create_builder_config()
-    _add_profile(builder, config, graph, batch)
-    if sparse:
-        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    targets = _set_targets(trt, config, compute_capabilities, driver)
-    monitor = None if on_progress is None else _monitor(trt, on_progress)
-    if monitor is not None:
-        config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
-    if monitor is not None and monitor.failure is not None:
-        raise monitor.failure
-    if plan is None:
-        raise BuildFailed(
-            f"{name} {trt.__version__} could not build {onnx_path.name} for {', '.join(targets)}:\n{log.trouble()}"
-        )
-    del parser  # it owns the weights that the network points to, so it had to live until here
-    content = bytes(plan)
-    _check_header(name, content, targets)
-    write_atomically(plan_path, content)
-    manifest = Manifest(
-        artifact=plan_path.name,
-        sha256=sha256_of(plan_path),
-        bytes=len(content),
-        backend=name,
-        backend_version=trt.__version__,
+    used = profiles_of(tensor_specs(graph.input), profiles)
+    inputs = tensor_specs(graph.input, used)
+    outputs = _spanned(tensor_specs(graph.output), inputs)
+    _check_dtypes(inputs + outputs)
+    here = tuple(gpu.compute_capability for gpu in driver.gpus[:1])
+    targets = here if name == "tensorrt" else tuple(compute_capabilities)
+    draft = plan_path.with_name(f".{plan_path.name}.{os.getpid()}.tmp")
+    request = BuildRequest(
+        builder=name,
+        onnx=str(onnx_path),
+        plan=str(draft),
+        sparse=sparse,
         precision=precision,
-        inputs=inputs,
-        outputs=outputs,
-        source_onnx=Path(os.path.relpath(onnx_path, plan_path.parent)).as_posix(),
-        source_sha256=sha256_of(onnx_path),
-        sparse_weights_flag=sparse,
+        keep_fp32=tuple(keep_fp32),
+        profiles=tuple(shapes_of(inputs, profile) for profile in used),
         compute_capabilities=targets,
-        gpu=driver.gpus[0].name if driver.gpus else None,
-        driver=None if driver.cuda_version is None else f"CUDA {driver.cuda_version}",
-        sparsity=sparsity,
+        workspace_mib=options.workspace_mib,
+        timing_cache=None if options.timing_cache is None else str(options.timing_cache),
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+        detailed=options.detailed,
+        inspect=bool(here) and here[0] in targets,
     )
+    hearing = Hearing(on_progress)
+    try:
+        draft.touch()  # a folder that cannot be written to is no surprise for the end of a long build
+        ending = run(request, hearing.hear, options.time_limit_s)
+        result = built(hearing, ending, request, graph, targets)
+        check_engine_precision(result.inspector or (), precision, request.keep_fp32)
+        _check_header(name, draft, targets)
+        manifest = Manifest(
+            artifact=plan_path.name,
+            sha256=sha256_of(draft),
+            bytes=draft.stat().st_size,
+            backend=name,
+            backend_version=str(hearing.version),
+            precision=precision,
+            inputs=inputs,
+            outputs=outputs,
+            source_onnx=Path(os.path.relpath(onnx_path, plan_path.parent)).as_posix(),
+            source_sha256=sha256_of(onnx_path),
+            sparse_weights_flag=sparse,
+            compute_capabilities=targets,
+            gpu=driver.gpus[0].name if driver.gpus else None,
+            driver=None if driver.cuda_version is None else f"CUDA {driver.cuda_version}",
+            sparsity=sparsity,
+            profiles=used,
+        )
+        draft.replace(plan_path)
+    finally:
+        draft.unlink(missing_ok=True)
     write_manifest(plan_path, manifest)
-    return BuildReport(manifest, log.eligible_layers, log.picked_layers)
+    return _report(manifest, hearing.log, result, time.perf_counter() - begun)
 
 
 def _choose(backend: Backend, driver: Driver) -> str:
@@ -163,113 +225,44 @@ def _choose(backend: Backend, driver: Driver) -> str:
     return backend
 
 
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError) as error:
-        raise EnvironmentLacks(
-            f"{name} is installed and does not load: {error}; "
-            f"run `pip install --force-reinstall {name.replace('_', '-')}`"
-        ) from error
+def _spanned(outputs: Sequence[TensorSpec], inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The outputs with the ranges of the dimensions that they share with inputs; others follow from the data."""
+    known = {dim: sizes for spec in inputs for dim, sizes in spec.ranges.items()}
+    return tuple(
+        replace(spec, ranges={dim: known[dim] for dim in spec.shape if isinstance(dim, str) and dim in known})
+        for spec in outputs
+    )
 
 
-def _parse(trt: Any, builder: Any, logger: Any, path: Path, log: BuildLog) -> tuple[Any, Any]:
-    # Where the flag is gone, networks are strongly typed always.
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(path)):
-        errors = [f"{parser.get_error(i).node_name()}: {parser.get_error(i).desc()}" for i in range(parser.num_errors)]
-        raise BuildFailed(f"{trt.__name__} cannot parse {path.name}:\n" + ("\n".join(errors[:5]) or log.trouble()))
-    return network, parser
-
-
-def _check_precision(trt: Any, network: Any, precision: Precision, path: Path) -> None:
-    """Refuse a graph that computes in another type than promised: a strongly typed plan would obey the graph."""
-    heavy = (trt.LayerType.CONVOLUTION, trt.LayerType.MATRIX_MULTIPLY)
-    expected = getattr(trt.DataType, _TRT_DTYPES[precision])
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type in heavy and layer.get_input(0).dtype != expected:
+def _check_dtypes(specs: Sequence[TensorSpec]) -> None:
+    for spec in specs:
+        if spec.dtype not in _DTYPES:
             raise ExportRejected(
-                f"{path.name}: node {layer.name} computes in {layer.get_input(0).dtype.name}, "
-                f"not {expected.name} as {precision} promises; convert the graph with to_fp16 or correct `precision`"
+                f"{spec.name!r} is {spec.dtype}, which TensorRT does not have; export the model with one of "
+                f"{', '.join(_DTYPES)} there"
             )
 
 
-def _add_profile(builder: Any, config: Any, graph: onnx.GraphProto, batch: tuple[int, int, int]) -> None:
-    specs = [spec for spec in tensor_specs(graph.input, batch) if spec.ranges]
-    if not specs:
-        return
-    profile = builder.create_optimization_profile()
-    for spec in specs:
-        profile.set_shape(spec.name, *((size, *spec.shape[1:]) for size in batch))
-    config.add_optimization_profile(profile)
-
-
-def _set_targets(trt: Any, config: Any, wanted: Sequence[str], driver: Driver) -> tuple[str, ...]:
-    """Tell tensorrt_rtx which GPUs to build for; tensorrt builds for GPU 0 of this machine."""
-    if not hasattr(config, "set_compute_capability"):
-        return (driver.gpus[0].compute_capability,)
-    members = {
-        f"{name[2:-1]}.{name[-1]}": member
-        for name, member in trt.ComputeCapability.__members__.items()
-        if name.startswith("SM")
-    }
-    unknown = [capability for capability in wanted if capability not in members]
-    if unknown or not wanted:
-        raise EnvironmentLacks(
-            f"{trt.__name__} {trt.__version__} cannot build for compute capability "
-            f"{', '.join(unknown) or '(none given)'}; choose from {', '.join(members)}"
-        )
-    config.num_compute_capabilities = len(wanted)
-    for index, capability in enumerate(wanted):
-        config.set_compute_capability(members[capability], index)
-    return tuple(wanted)
-
-
-def _check_header(name: str, plan: bytes, targets: tuple[str, ...]) -> None:
-    built = capabilities_in_header(plan) if name == "tensorrt_rtx" else None
-    if built is not None and built != set(targets):
+def _check_header(name: str, plan: Path, targets: tuple[str, ...]) -> None:
+    with plan.open("rb") as file:
+        built_for = capabilities_in_header(file.read(64)) if name == "tensorrt_rtx" else None
+    if built_for is not None and built_for != set(targets):
         raise BuildFailed(
             f"asked for compute capabilities {', '.join(sorted(targets))}, "
-            f"the plan's header states {', '.join(sorted(built)) or 'none'}; build for each in a plan of its own"
+            f"the plan's header states {', '.join(sorted(built_for)) or 'none'}; build for each in a plan of its own"
         )
 
 
-@cache
-def _logger(trt: Any) -> Any:
-    """The one logger of the process: TensorRT keeps a pointer to the first it meets and ignores later ones."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]  # the base exists only once the package is imported
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.sink = BuildLog()
-
-        def log(self, severity: Any, text: str) -> None:
-            self.sink.add(severity.name, text)
-
-    return Logger()
-
-
-def _monitor(trt: Any, on_progress: Progress) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base exists only once the package is imported
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.failure: BaseException | None = None
-            self._steps: dict[str, int] = {}
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self._steps[phase] = steps
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            try:
-                on_progress(phase, step + 1, self._steps[phase])
-            except BaseException as error:  # it must not unwind through C++; build_plan re-raises it
-                self.failure = error
-            return self.failure is None  # False cancels the build
-
-        def phase_finish(self, phase: str) -> None:
-            self._steps.pop(phase, None)
-
-    return Monitor()
+def _report(manifest: Manifest, log: BuildLog, result: Built, seconds: float) -> BuildReport:
+    return BuildReport(
+        manifest=manifest,
+        eligible_layers=log.eligible_layers,
+        picked_layers=log.picked_layers,
+        eligible_names=log.eligible_names,
+        picked_names=log.picked_names,
+        seconds=seconds,
+        timing_cache_used=result.timing_cache_used,
+        inspector=result.inspector,
+        notes=tuple(result.notes),
+        log=log,
+    )

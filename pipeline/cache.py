@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,10 @@ from tnm_pipeline.training.user_modules import files_behind
 
 STATE_FILE = "state.safetensors"  # of an interrupted training, kept between runs of the same key
 JOURNAL = "progress"  # folder of an interrupted conversion, likewise
-HUB = "hf:"  # as in `training.sources`, which loads torch
+# as in `training.sources`, which loads torch
+HUB = "hf:"
+MODELS = ("digits-mlp", "digits-cnn")
+DATA = ("digits",)
 
 
 @contextmanager
@@ -176,16 +179,19 @@ def code_fingerprint() -> str:
     return _digest_of(path for root in roots for path in sorted(root.rglob("*.py")))
 
 
-def source_fingerprint(source: str) -> str:
+def source_fingerprint(source: str, built_in: Collection[str] = ()) -> str:
     """What identifies the content behind a model or data source, without running it.
 
     Args:
         source: a built-in name, a file, a folder, `hf:` and either a folder or a name, or `module:function`.
+        built_in: names that win over files and folders, as they do where the source is loaded.
 
     Returns:
         The hash of the files behind it, hidden ones left out; the name itself when it is built in (the code fingerprint
         covers those), lies in the hub's cache, or cannot be found (the stage that loads it says what is wrong).
     """
+    if source in built_in:
+        return source
     path = Path(source.removeprefix(HUB))
     if source and path.is_dir():
         found = {one.relative_to(path): one for one in path.rglob("*") if one.is_file()}

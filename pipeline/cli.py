@@ -11,6 +11,22 @@ import typer
 
 from tnm_pipeline.pipeline.crew import follow, follows, leading, refuse_others
 from tnm_pipeline.pipeline.heap import ask_for_huge_pages
+from tnm_pipeline.pipeline.options import (
+    CalibrationOption,
+    ConfigOption,
+    DataOption,
+    DryRunOption,
+    FallbackOption,
+    FolderOption,
+    JsonOption,
+    ModelOption,
+    PatternOption,
+    SetOption,
+    SizeOption,
+    TritonOption,
+    TrustOption,
+    WhatIfOption,
+)
 
 if TYPE_CHECKING:
     from tnm_pipeline.pipeline.config import Config
@@ -23,28 +39,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of the run.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one key.")]
-FolderOption = Annotated[Path | None, typer.Option("--folder", "-o", help="Run folder: results, cache and report.")]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Built-in name, hf:FOLDER_OR_NAME or module:function.")
-]
-DataOption = Annotated[
-    str | None, typer.Option("--data", help="Built-in name, .npz, .tsv or .csv file, image folder or module:function.")
-]
-CalibrationOption = Annotated[
-    str | None,
-    typer.Option("--calibration", help="Unlabelled inputs: .npz, .txt, image folder, hf:NAME or module:function."),
-]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")]
-PatternOption = Annotated[str | None, typer.Option("--pattern", help="2:4, 2:4-T, 4:8 ...: N kept of M, -T both ways.")]
-TrustOption = Annotated[bool, typer.Option("--trust-source", help="Import the module:function a checkpoint names.")]
-WhatIfOption = Annotated[
-    str | None, typer.Option("--what-if", metavar="PATTERNS", help="What these would keep of a checkpoint: 2:4,2:4-T.")
-]
-FallbackOption = Annotated[Literal["error", "onnxruntime"], typer.Option(help="What a plan that cannot run here does.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -127,16 +121,23 @@ def export(
     folder: FolderOption = None,
     model: ModelOption = None,
     data: DataOption = None,
+    calibration: CalibrationOption = None,
     trust_source: TrustOption = False,
+    triton: TritonOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Export to ONNX, and with --trt build plans; everything in FOLDER/export and FOLDER/build, verified."""
     refuse_others("export")
     config = config or _config_of(folder, checkpoint)
-    chosen = {**_options(folder, model, data, None), "trt.enabled": trt}
+    chosen = {**_options(folder, model, data, None), "trt.enabled": trt, "calibration.source": calibration}
     if checkpoint:
         chosen["export.checkpoint"] = str(checkpoint)
-    _run(_resolve(config, overrides, chosen, checkpoint, trust_source), {"verify"}, as_json)
+    resolved = _resolve(config, overrides, chosen, checkpoint, trust_source, needs_labels=False)
+    _run(resolved, {"verify"}, as_json)
+    if triton:
+        from tnm_pipeline.pipeline.repository import add_to_repository
+
+        sys.stderr.write(f"Triton model: {add_to_repository(resolved, triton)}\n")
 
 
 @app.command()
@@ -173,6 +174,40 @@ def verify(
     from tnm_pipeline.pipeline.inspect import verify_file
 
     _print(verify_file(artifact, fallback), as_json)
+
+
+@app.command()
+def bench(
+    artifact: Annotated[Path, typer.Argument(help="An .onnx file of any origin, or a .plan with its manifest.")],
+    against: Annotated[
+        Path | None, typer.Option("--against", help="The dense twin; default: the one beside it.")
+    ] = None,
+    batches: Annotated[str, typer.Option("--batches", help="Batch sizes, with commas between them.")] = "1,8,64",
+    rounds: Annotated[int, typer.Option("--rounds", help="Timed rounds for each batch size.")] = 200,
+    size: SizeOption = None,
+    runtime: Annotated[
+        Literal["onnxruntime", "tensorrt"] | None, typer.Option(help="onnxruntime times the ONNX file of a plan.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time an artifact in turns with its dense twin, and say only what the figures carry."""
+    from tnm_pipeline.pipeline.bench import bench_file
+
+    _print(bench_file(artifact, against, batches=batches, rounds=rounds, sizes=size or (), runtime=runtime), as_json)
+
+
+@app.command()
+def bisect(
+    reference: Annotated[Path, typer.Argument(help="The fp32 .onnx file.")],
+    candidate: Annotated[Path, typer.Argument(help="The same graph in fp16 or bf16.")],
+    inputs: Annotated[Path | None, typer.Option("--inputs", help="An .npz file with a call's inputs by name.")] = None,
+    size: SizeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Name the first layer for which a half precision is too little, and what keeps it in fp32."""
+    from tnm_pipeline.pipeline.bisect import bisect_files
+
+    _print(bisect_files(reference, candidate, inputs, size or ()), as_json)
 
 
 @app.command()

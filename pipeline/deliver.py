@@ -1,64 +1,93 @@
-"""The stages that make and prove what is deployed: export, build, verify."""
+"""The stages that make what is deployed: export, build."""
 
-import itertools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from tnm_pipeline.engines import EnvironmentLacks, Session, load
-from tnm_pipeline.engines.artifact import read_manifest, sha256_of, write_manifest
-from tnm_pipeline.engines.manifest import PRECISIONS
+from tnm_pipeline.engines.artifact import manifest_path, read_manifest, sha256_of, write_manifest
+from tnm_pipeline.engines.manifest import Ranges
 from tnm_pipeline.export.artifacts import onnx_manifest
-from tnm_pipeline.export.errors import ExportRejected
-from tnm_pipeline.export.half import to_fp16
-from tnm_pipeline.export.latency import LatencyTable, measure
+from tnm_pipeline.export.building.progress import BuildProgress
+from tnm_pipeline.export.errors import AccuracyGateFailed, ExportRejected
 from tnm_pipeline.export.onnx import export_onnx
+from tnm_pipeline.export.precision import OPSET_OF, Half, retype
+from tnm_pipeline.export.signature import call, named_outputs
 from tnm_pipeline.export.sparsity import SparsityReport, inspect_onnx
-from tnm_pipeline.export.tensorrt import build_plan
-from tnm_pipeline.export.verify import answer, check, compare, verify_onnx
+from tnm_pipeline.export.tensorrt import BuildOptions, BuildReport, build_plan
+from tnm_pipeline.export.verdict import verdict
+from tnm_pipeline.export.verdicts.sightings import PlanFacts
+from tnm_pipeline.export.verify import Tally, check
+from tnm_pipeline.pipeline.calls import open_graph, real_tokens, sample_calls
+from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.errors import Stopped
-from tnm_pipeline.pipeline.learn import data_of, model_from
+from tnm_pipeline.pipeline.learn import model_from
 from tnm_pipeline.pipeline.stages import Context
+from tnm_pipeline.pipeline.twins import deploy
 from tnm_pipeline.training.checkpoint import Checkpoint
 from tnm_pipeline.training.pattern import Pattern
-from tnm_pipeline.training.tasks import Classification
-
-_INPUT = "input"  # the name of the exported graph's input
-_BATCH = 256  # samples that torch answers at once
-_SESSIONS = 3  # of each twin while it is timed
 
 
 def export(context: Context) -> dict[str, Any]:
-    """Write the ONNX files, fp32 and fp16, of the sparse model, and fp32 of its dense twin if there is one."""
+    """Write the ONNX files of the sparse model in every precision, and fp32 of its dense twin if there is one."""
     config = context.config
-    data = data_of(config)
-    if not isinstance(data.task, Classification):
-        raise ExportRejected(
-            f"the data are scored by {data.task.metric}, and only classifiers can be exported and verified so far: the "
-            "checkpoints of train and convert are whole, and their results say how they score"
-        )
-    sample, _ = data.test[:2]
-    files = []
+    files: list[dict[str, Any]] = []
+    ranges: Ranges = {}
     for label, name in (("sparse", "model"), ("dense", "dense")):
         if label not in context.inputs:
             continue
         model, checkpoint = model_from(config, context.inputs[label])
-        path = context.folder / f"{name}.fp32.onnx"
-        export_onnx(model, sample, path, opset=config.export.opset, input_name=_INPUT)
-        files.append(_describe(path, "fp32", checkpoint))
-        if label == "sparse" and config.export.fp16:
-            half = context.folder / f"{name}.fp16.onnx"
-            to_fp16(path, half)
-            files.append(_describe(half, "fp16", checkpoint))
-        context.progress(len(files), len(context.inputs) + config.export.fp16)
-    return {"files": files}
+        calls = sample_calls(config, model)
+        fp32 = context.folder / f"{name}.fp32.onnx"
+        ranges = export_onnx(model, calls, fp32, opset=config.export.opset).ranges
+        for precision in config.export.precisions if label == "sparse" else ("fp32",):
+            path = fp32.with_name(f"{name}.{precision}.onnx")
+            if precision != "fp32":
+                _write_half(config, model, calls, fp32, path, precision)
+            facts = _describe(path, precision, checkpoint)
+            files.append(facts | {"parity": _gate(model, calls, path, precision)})
+            context.progress(len(files), len(config.export.precisions) + ("dense" in context.inputs))
+    return {"files": files, "ranges": ranges}
+
+
+def _write_half(
+    config: Config, model: nn.Module, calls: list[dict[str, Tensor]], fp32: Path, path: Path, precision: Half
+) -> None:
+    """A half precision is the fp32 graph with other types: of the same file, or of a newer opset that knows them."""
+    if OPSET_OF[precision] <= config.export.opset:
+        retype(fp32, path, precision, keep=config.export.keep_fp32)
+        return
+    with TemporaryDirectory(dir=path.parent) as drafts:
+        newer = Path(drafts, fp32.name)
+        export_onnx(model, calls, newer, opset=OPSET_OF[precision])
+        retype(newer, path, precision, keep=config.export.keep_fp32)
+
+
+def _gate(model: nn.Module, calls: list[dict[str, Tensor]], path: Path, precision: str) -> dict[str, Any]:
+    """Compare a file with torch on the sample calls; one that differs too much is set aside.
+
+    Raises:
+        AccuracyGateFailed: It does.
+    """
+    tally = Tally()
+    with open_graph(path, precision) as session:
+        for inputs in calls:
+            reference = {name: tensor.numpy() for name, tensor in named_outputs(call(model, inputs)).items()}
+            answers = session.run({name: tensor.numpy() for name, tensor in inputs.items()})
+            tally.add(reference, answers, real_tokens(inputs))
+    parity = tally.parity()
+    try:
+        check(parity, precision, path.name)
+    except AccuracyGateFailed as error:
+        rejected = path.with_name(path.name + ".rejected")
+        path.replace(rejected)
+        manifest_path(path).unlink()
+        raise AccuracyGateFailed(f"{error}. The file was kept as {rejected}") from None
+    return asdict(parity)
 
 
 def build(context: Context) -> dict[str, Any]:
@@ -66,72 +95,80 @@ def build(context: Context) -> dict[str, Any]:
     trt = context.config.trt
     onnx_path = context.inputs["onnx"]
     summary = read_manifest(onnx_path).sparsity
-    plans = []
+    ranges = json.loads(context.inputs["export result"].read_text(encoding="utf-8"))["ranges"]
+    # Down to 1, whatever the samples' smallest is: that costs a plan nothing, and production sends short inputs.
+    spans = {dim: (1, usual, largest) for dim, (_, usual, largest) in ranges.items()}
+    profiles = [{"batch": trt.batch, **spans, **profile} for profile in trt.profiles or ({},)]
+    options = trt.model_dump(include={field.name for field in fields(BuildOptions)})
+    plans: dict[str, Path] = {}
+    built: list[dict[str, Any]] = []
+    verdicts: dict[str, Any] = {}
 
-    def report_phase(_: str, done: int, total: int) -> None:
-        context.progress(done, total)
+    def report_phase(progress: BuildProgress) -> None:
+        context.progress(progress.done, progress.total)
         if context.should_stop():
             raise Stopped("stopped while building; the same command builds again")
 
-    for sparse, suffix in ((True, ".plan"), (False, ".dense.plan")):
-        path = context.folder / f"model.{trt.precision}{suffix}"
+    for name, suffix in (("sparse", ".plan"), ("dense", ".dense.plan")):
+        plans[name] = context.folder / f"model.{trt.precision}{suffix}"
         report = build_plan(
             onnx_path,
-            path,
-            sparse=sparse,
+            plans[name],
+            sparse=name == "sparse",
             precision=trt.precision,
             sparsity=summary,
             backend=trt.backend,
-            batch=trt.batch,
+            profiles=profiles,
             compute_capabilities=trt.compute_capabilities,
+            keep_fp32=context.config.export.keep_fp32,
+            options=BuildOptions(**options),
             on_progress=report_phase,
         )
-        manifest = report.manifest
-        plans.append(
-            {
-                "file": path.name,
-                "sparse_weights_flag": sparse,
-                "bytes": manifest.bytes,
-                "sha256": manifest.sha256,
-                "backend": manifest.backend,
-                "backend_version": manifest.backend_version,
-                "compute_capabilities": list(manifest.compute_capabilities),
-                "eligible_layers": report.eligible_layers,
-                "picked_layers": report.picked_layers,
-            }
-        )
-    return {"plans": plans, "identical": plans[0]["sha256"] == plans[1]["sha256"]}
+        built.append(_facts(plans[name], report))
+        if name == "sparse":
+            patterns = {layer: Pattern.parse(str(pattern)) for layer, pattern in _patterns(summary).items()}
+            verdicts = verdict(onnx_path, inspect_onnx(onnx_path, patterns), PlanFacts.of(report)).to_dict()
+    return {
+        "plans": built,
+        "identical": built[0]["sha256"] == built[1]["sha256"],
+        "engine": deploy(context.config, plans),
+        "verdict": verdicts,
+    }
 
 
-def verify(context: Context) -> dict[str, Any]:
-    """Recount the zeros, compare ONNX with torch, score both, load the plan, time the twins."""
-    config = context.config
-    inputs, targets = (tensor.numpy() for tensor in data_of(config).test[:])
-    model, checkpoint = model_from(config, context.inputs["sparse"])
-    reference = _predict(model, inputs)
-    parity, accuracy = {}, {"torch": _accuracy(reference, targets)}
-    for precision in PRECISIONS:
-        if precision in context.inputs:
-            path = context.inputs[precision]
-            _recount(path, checkpoint)
-            answers, measured = verify_onnx(reference, path, inputs, precision)
-            parity[precision] = asdict(measured)
-            accuracy[f"onnx {precision}"] = _accuracy(answers, targets)
-    if "dense onnx" in context.inputs:
-        accuracy["dense"] = _accuracy(answer(context.inputs["dense onnx"], inputs), targets)
-    plan = _load_plan(context, inputs, reference) if "plan" in context.inputs else None
-    latency = _latency(context, inputs)
-    return {"parity": parity, "accuracy": accuracy, "plan": plan, "latency": latency, "samples": len(targets)}
+def _facts(path: Path, report: BuildReport) -> dict[str, Any]:
+    manifest = report.manifest
+    return {
+        "file": path.name,
+        "sparse_weights_flag": manifest.sparse_weights_flag,
+        "bytes": manifest.bytes,
+        "sha256": manifest.sha256,
+        "backend": manifest.backend,
+        "backend_version": manifest.backend_version,
+        "compute_capabilities": list(manifest.compute_capabilities),
+        "profiles": [dict(profile) for profile in manifest.profiles],
+        "eligible_layers": report.eligible_layers,
+        "picked_layers": report.picked_layers,
+        "seconds": report.seconds,
+        "notes": list(report.notes),
+    }
+
+
+def _patterns(summary: Mapping[str, object]) -> Mapping[str, object]:
+    """Of a manifest's sparsity summary: layer -> the pattern it promises."""
+    patterns = summary["patterns"]
+    assert isinstance(patterns, Mapping)
+    return patterns
 
 
 def _describe(path: Path, precision: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    report = _recount(path, checkpoint)
+    report = recount(path, checkpoint)
     write_manifest(path, onnx_manifest(path, precision=precision, sparsity=report.summary()))
     facts = {"file": path.name, "precision": precision, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return facts | {"sparsity": report.to_dict()}
 
 
-def _recount(path: Path, checkpoint: Checkpoint) -> SparsityReport:
+def recount(path: Path, checkpoint: Checkpoint) -> SparsityReport:
     """Count violations of the promised patterns in an ONNX file, by code that the solvers do not share.
 
     Raises:
@@ -142,68 +179,12 @@ def _recount(path: Path, checkpoint: Checkpoint) -> SparsityReport:
     found = {layer.name: layer for layer in report.layers}
     for name, pattern in patterns.items():
         layer = found.get(name)
-        if layer is None or not layer.holds:
-            raise ExportRejected(f"{path.name}: layer {name} should hold {pattern}, but: {layer or 'it is not there'}")
+        if layer is None:
+            unread = next((weight.why for weight in report.unread if weight.name == name), "no node uses its weight")
+            raise ExportRejected(f"{path.name}: layer {name} should hold {pattern} and cannot be counted: {unread}")
+        if not layer.holds:
+            raise ExportRejected(
+                f"{path.name}: layer {name} should hold {pattern}, and {layer.violations} groups of W and "
+                f"{layer.violations_transposed} of W^T break it; make the checkpoint again"
+            )
     return report
-
-
-@torch.no_grad()
-def _predict(model: nn.Module, inputs: NDArray[Any]) -> NDArray[Any]:
-    parts = torch.split(torch.from_numpy(inputs), _BATCH)
-    outputs: NDArray[Any] = torch.cat([model(part) for part in parts]).numpy()
-    return outputs
-
-
-def _accuracy(outputs: NDArray[Any], targets: NDArray[Any]) -> float:
-    return float((outputs.argmax(1) == targets).mean())
-
-
-def _load_plan(context: Context, inputs: NDArray[Any], expected: NDArray[Any]) -> dict[str, Any]:
-    """Load the plan as production would: by TensorRT where a GPU is, by its ONNX file where none is."""
-    with load(context.inputs["plan"], fallback="onnxruntime") as session:
-        batch = context.config.trt.batch[1]
-        inputs, expected = (np.resize(array, (batch, *array.shape[1:])) for array in (inputs, expected))
-        parity = compare(expected, session.run({_INPUT: inputs})[session.outputs[0].name])
-        check(parity, session.manifest.precision)
-        return {"backend": session.backend, "fallback_reason": session.fallback_reason, "parity": asdict(parity)}
-
-
-def _latency(context: Context, inputs: NDArray[Any]) -> dict[str, Any]:
-    """Time the sparse model against its dense twin, interleaved, on every runtime that works here."""
-    settings = context.config.verify
-    batch = np.resize(inputs, (settings.latency_batch, *inputs.shape[1:]))
-    tables: dict[str, Any] = {}
-    for runtime, (sparse, dense) in {
-        "onnxruntime": ("fp32", "dense onnx"),
-        "tensorrt": ("plan", "dense plan"),
-    }.items():
-        if sparse not in context.inputs or dense not in context.inputs:
-            continue
-        try:
-            table = _time_twins(context.inputs[sparse], context.inputs[dense], batch, settings.latency_rounds)
-        except EnvironmentLacks as error:
-            tables[runtime] = {"not_measured": str(error)}
-        else:
-            backend = read_manifest(context.inputs[sparse]).backend
-            setting = {"backend": backend, "batch": settings.latency_batch, "sessions": _SESSIONS}
-            tables[runtime] = table.to_dict() | setting
-    return tables
-
-
-def _time_twins(sparse: Path, dense: Path, batch: NDArray[Any], rounds: int) -> LatencyTable:
-    """Time two artifacts against each other, each in several sessions that take turns.
-
-    After a call, the threads of an ONNX Runtime session spin for a while, on cores that the next call needs. Between
-    two sessions that favours one by chance, by more than sparsity could; with several, both twins suffer alike.
-    """
-    with ExitStack() as stack:
-        turns = {
-            name: itertools.cycle([stack.enter_context(load(path)) for _ in range(_SESSIONS)])
-            for name, path in (("dense", dense), ("sparse", sparse))
-        }
-        calls = {name: _call(sessions, batch) for name, sessions in turns.items()}
-        return measure(calls, repeats=rounds, warmup=max(10, rounds // 10), baseline="dense")
-
-
-def _call(sessions: Iterator[Session], batch: NDArray[Any]) -> Callable[[], object]:
-    return lambda: next(sessions).run({_INPUT: batch})

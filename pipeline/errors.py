@@ -46,7 +46,8 @@ _CODES = {
     "tnm_pipeline.training.backend.BackendError": ExitCode.USAGE,
     "tnm_pipeline.training.distributed.OutOfSyncError": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.training.distributed.ShardingError": ExitCode.USAGE,
-    "tnm_pipeline.training.processes.WorldSizeError": ExitCode.USAGE,
+    "tnm_pipeline.training.processes.BatchSizeError": ExitCode.USAGE,
+    "tnm_pipeline.training.processes.PrecisionError": ExitCode.ENVIRONMENT,
     "tnm_pipeline.training.sources.SourceError": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.training.tasks.TaskError": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.training.sources.MissingPackageError": ExitCode.ENVIRONMENT,
@@ -62,6 +63,9 @@ _CODES = {
     "tnm_pipeline.export.errors.ExportRejected": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.export.errors.AccuracyGateFailed": ExitCode.ACCURACY_GATE,
     "tnm_pipeline.export.errors.BuildFailed": ExitCode.ENVIRONMENT,
+    "tnm_pipeline.export.errors.BuildOutOfMemory": ExitCode.OUT_OF_RESOURCES,
+    "tnm_pipeline.export.errors.BuildSettingError": ExitCode.USAGE,
+    "tnm_pipeline.export.triton.RepositoryError": ExitCode.USAGE,
     "tnm_pipeline.engines.errors.ArtifactRejected": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.engines.errors.FeedError": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.engines.errors.EnvironmentLacks": ExitCode.ENVIRONMENT,
@@ -94,7 +98,8 @@ def explain(error: BaseException) -> str:
         return f"{type(error).__name__}: {text}\nThis is a bug: report what `tnm-pipeline --debug ...` prints"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; nothing half-written was left. Free some space: the same command goes on from there"
-    if code is ExitCode.OUT_OF_RESOURCES:
+    ours = type(error).__module__.startswith("tnm_pipeline.")
+    if code is ExitCode.OUT_OF_RESOURCES and not ours:
         return f"out of memory ({text}): lower train.batch_size, convert.batch_size or convert.samples"
     if isinstance(error, OSError):
         return f"cannot use {error.filename}: {error.strerror}"

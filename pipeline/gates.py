@@ -4,29 +4,30 @@ from typing import Any
 
 from tnm_pipeline.engines.errors import EnvironmentLacks
 from tnm_pipeline.export.errors import AccuracyGateFailed
-from tnm_pipeline.pipeline.config import VerifySection
 from tnm_pipeline.pipeline.errors import LatencyGateFailed
+from tnm_pipeline.pipeline.metrics import metric_of
+from tnm_pipeline.pipeline.sections import VerifySection
 
 
 def refusal(gates: VerifySection, verified: dict[str, Any]) -> Exception | None:
     """Compare the result of stage `verify` with what the configuration demands.
 
     Args:
-        gates: `max_drop` in points of accuracy, `min_speedup` of the plan over its dense twin.
+        gates: `max_drop` in hundredths of the score, `min_speedup` of the plan over its dense twin.
         verified: the stage's result.
 
     Returns:
         `AccuracyGateFailed`: too far below dense. `LatencyGateFailed`: the sparse plan gains too little.
         `EnvironmentLacks`: a speed-up is demanded and none could be measured here. None: good enough.
     """
-    accuracy = verified["accuracy"]
-    if "dense" in accuracy:
-        drop = 100 * (accuracy["dense"] - accuracy["onnx fp32"])
+    scores, metric = verified["scores"], metric_of([verified])
+    if "dense" in scores:
+        drop = 100 * (scores["dense"] - scores["onnx fp32"])
         if drop > gates.max_drop:
             return AccuracyGateFailed(
-                f"the sparse model is {drop:.2f} points below dense ({accuracy['onnx fp32']:.2%} against "
-                f"{accuracy['dense']:.2%}); allowed: {gates.max_drop:g}. Train longer, keep sensitive layers dense "
-                "with sparsity.exclude, or raise verify.max_drop"
+                f"the sparse model is {drop:.2f} points below dense ({metric.text(scores['onnx fp32'])} against "
+                f"{metric.text(scores['dense'])} {metric.name}); allowed: {gates.max_drop:g}. Train longer, keep "
+                "sensitive layers dense with sparsity.exclude, or raise verify.max_drop"
             )
     if gates.min_speedup is None:
         return None

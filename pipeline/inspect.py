@@ -11,13 +11,19 @@ from rich.table import Table
 
 from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, Manifest, Session, TensorSpec, load
 from tnm_pipeline.engines.artifact import manifest_path, read_manifest, verify_artifact
-from tnm_pipeline.export.sparsity import LayerSparsity, inspect_onnx
+from tnm_pipeline.export.counting import TENSORRT_PATTERN
+from tnm_pipeline.export.sparsity import LayerSparsity, SparsityReport, UnreadWeight, inspect_onnx
 from tnm_pipeline.training.pattern import Pattern
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer of a file. Counts are of groups with more than N non-zeros."""
+    """One layer of a file. Counts are of groups with more than N non-zeros.
+
+    Attributes:
+        op: the ONNX operator and
+        node: the ONNX node that the weight is used by; empty for a checkpoint.
+    """
 
     layer: str
     shape: tuple[int, ...]
@@ -26,6 +32,8 @@ class Row:
     violations: int
     violations_transposed: int
     note: str
+    op: str = ""
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,17 @@ class Facts:
 
     Attributes:
         title: the file and what it is.
-        rows: layer by layer.
+        rows: layer by layer, as in the file.
         lines: further facts, one sentence each.
+        totals: of an ONNX file, what `_totals` counts.
+        unread: weights of an ONNX file that could not be counted: name, node, op, why.
     """
 
     title: str
     rows: list[Row] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
+    totals: dict[str, int] = field(default_factory=dict)
+    unread: list[UnreadWeight] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""
@@ -51,12 +63,17 @@ class Facts:
         console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
         console.print(self.title)
         if self.rows:
-            table = Table("layer", "shape", "pattern", "density", "violations W", "violations W^T", "")
+            operators = any(row.op for row in self.rows)
+            named = ("layer", "op") if operators else ("layer",)
+            table = Table(*named, "shape", "pattern", "density", "violations W", "violations W^T", "")
             for row in self.rows:
+                name = (row.layer, row.op) if operators else (row.layer,)
                 shape = "x".join(str(side) for side in row.shape)
                 counts = (str(row.violations), str(row.violations_transposed))
-                table.add_row(row.layer, shape, row.pattern, f"{row.density:.1%}", *counts, row.note)
+                table.add_row(*name, shape, row.pattern, f"{row.density:.1%}", *counts, row.note)
             console.print(table)
+        for weight in self.unread:
+            console.print(f"not counted: {weight.name} ({weight.op}): {weight.why}")
         for line in self.lines:
             console.print(line)
 
@@ -78,11 +95,39 @@ def inspect_file(path: Path, pattern: str | None) -> Facts:
     if not path.is_file():
         raise ArtifactRejected(f"{path} is no file: give a checkpoint, an .onnx file or a .plan")
     if path.suffix == ".onnx":
-        promised = {} if asked else _promised(path)
-        return Facts(f"{path}: ONNX", [_row(layer) for layer in inspect_onnx(path, promised, asked).layers])
+        return _onnx_facts(path, asked)
     if path.suffix == ".plan" or manifest_path(path).exists():
         return _plan_facts(path, read_manifest(path))
     return _checkpoint_facts(path, asked)
+
+
+def _onnx_facts(path: Path, asked: Pattern | None) -> Facts:
+    report = inspect_onnx(path, {} if asked else _promised(path), asked)
+    totals = _totals(report)
+    share = totals["eligible_weights"] / totals["weights"] if totals["weights"] else 0.0
+    lines = [
+        f"{totals['layers']} layers with {totals['weights']:,} weights; eligible for {TENSORRT_PATTERN}: "
+        f"{totals['eligible']} layers with {share:.1%} of the weights",
+        f"{totals['violations']:,} groups of W and {totals['violations_transposed']:,} of W^T have too many non-zeros"
+        + ("" if any(layer.pattern for layer in report.layers) else f", counted against {TENSORRT_PATTERN}"),
+    ]
+    lines += [f"promised and not in the file: {', '.join(report.missing)}"] if report.missing else []
+    return Facts(f"{path}: ONNX", [_row(layer) for layer in report.layers], lines, totals, list(report.unread))
+
+
+def _totals(report: SparsityReport) -> dict[str, int]:
+    """Sums over the layers that promise a pattern, or over all if none does; weights and eligible ones over all."""
+    promising = [layer for layer in report.layers if layer.pattern] or report.layers
+    eligible = [layer for layer in report.layers if layer.eligible]
+    return {
+        "layers": len(report.layers),
+        "weights": sum(layer.weights for layer in report.layers),
+        "eligible": len(eligible),
+        "eligible_weights": sum(layer.weights for layer in eligible),
+        "violations": sum(layer.violations for layer in promising),
+        "violations_transposed": sum(layer.violations_transposed for layer in promising),
+        "unread": len(report.unread),
+    }
 
 
 def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
@@ -152,6 +197,8 @@ def _row(layer: LayerSparsity) -> Row:
         violations=layer.violations,
         violations_transposed=layer.violations_transposed,
         note="eligible" if layer.eligible else layer.why,
+        op=layer.op,
+        node=layer.node,
     )
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tnm_pipeline.pipeline.cache import HUB, STATE_FILE
-from tnm_pipeline.pipeline.config import SPARSE_KEYS, Config, SourceSection
+from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.crew import summon
 from tnm_pipeline.pipeline.errors import exit_code
 from tnm_pipeline.pipeline.metrics import metric_of, score_of
+from tnm_pipeline.pipeline.sections import SPARSE_KEYS, SourceSection
 from tnm_pipeline.pipeline.stages import CHECKPOINT, EVENTS, Context
 from tnm_pipeline.training.checkpoint import Checkpoint, load_into, read_checkpoint, save_checkpoint
 from tnm_pipeline.training.layout import to_gemm
@@ -30,7 +31,7 @@ from tnm_pipeline.training.loop import (
 )
 from tnm_pipeline.training.masks.prune import prune_unstructured
 from tnm_pipeline.training.pattern import Pattern
-from tnm_pipeline.training.processes import WorldSizeError
+from tnm_pipeline.training.processes import BatchSizeError, PrecisionError
 from tnm_pipeline.training.scoring import check_match, evaluate
 from tnm_pipeline.training.selection import Selection, select
 from tnm_pipeline.training.sources import Splits, load_data, load_model
@@ -101,7 +102,8 @@ def choose(context: Context) -> dict[str, Any]:
 def take(context: Context) -> dict[str, Any]:
     """Check the sparse checkpoint that the user gave and take it as it is."""
     model, checkpoint = model_from(context.config, context.inputs["given"])
-    check_match(model, data_of(context.config))
+    if context.config.labelled:
+        check_match(model, data_of(context.config))
     save(context, model, checkpoint.masks, checkpoint.record.get("layers", {}))
     return score(context.config, model) | {"route": "given", "candidates": {}}
 
@@ -116,7 +118,7 @@ def help_to_train(work: tuple[Config, SparseTraining | None, Path]) -> None:
     model, data = new_model(config), data_of(config)
     try:
         fit(model, data, _settings(config), sparsity=sparsity, state_path=state, should_stop=lambda: False)
-    except (TrainingStoppedError, TrainingDivergedError, WorldSizeError) as error:
+    except (TrainingStoppedError, TrainingDivergedError, BatchSizeError, PrecisionError) as error:
         raise SystemExit(exit_code(error)) from None
 
 
@@ -149,6 +151,7 @@ def _fit(context: Context, model: nn.Module, sparsity: SparseTraining | None) ->
         "layers": [row.to_dict() for row in result.layers],
         "skipped": {row.name: row.skipped for row in result.layers if row.skipped},
         "picture": mask_picture(result.masks),
+        **({"packs": [choice.to_dict() for choice in result.packs]} if result.packs else {}),
     }
 
 

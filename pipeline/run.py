@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tnm_pipeline.pipeline.cache import StageCache, locked
 from tnm_pipeline.pipeline.config import Config
-from tnm_pipeline.pipeline.errors import ConfigError, Stopped
+from tnm_pipeline.pipeline.errors import Stopped
 from tnm_pipeline.pipeline.report import render
 from tnm_pipeline.pipeline.stages import RESULT, Context, Stage, needed_for, stages_of
 from tnm_pipeline.training.atomic import write_atomically
@@ -59,7 +59,6 @@ def execute(config: Config, targets: set[str] | None = None, *, console: Console
         write_atomically(folder / "config.toml", config.to_toml().encode())
         stages = stages_of(config, folder)
         wanted = needed_for(stages, folder, targets if targets is not None else set(stages))
-        _check_deliverable(config, wanted)
         cache = StageCache(folder)
         for stage in wanted:
             cache.refuse_foreign_files(stage.name)
@@ -71,14 +70,6 @@ def execute(config: Config, targets: set[str] | None = None, *, console: Console
             raise
         render(folder)
         return done
-
-
-def _check_deliverable(config: Config, stages: Sequence[Stage]) -> None:
-    if config.in_pairs and any(stage.name == "export" for stage in stages):
-        raise ConfigError(
-            f"{config.data.source} holds sentence pairs, and only classifiers can be exported and verified so far: "
-            "`tnm-pipeline train` and `tnm-pipeline convert` make and score sparse encoders"
-        )
 
 
 def _render_failed(folder: Path, error: BaseException) -> None:

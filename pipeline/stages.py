@@ -14,9 +14,10 @@ from typing import Any
 
 from tnm_pipeline.engines.driver import probe
 from tnm_pipeline.export.environment import package_version
-from tnm_pipeline.pipeline.cache import source_fingerprint
-from tnm_pipeline.pipeline.config import SPARSE_KEYS, Config
+from tnm_pipeline.pipeline.cache import DATA, MODELS, source_fingerprint
+from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.errors import ConfigError
+from tnm_pipeline.pipeline.sections import SPARSE_KEYS
 from tnm_pipeline.training.recipes import recipe_named
 
 CHECKPOINT = "model.safetensors"
@@ -77,11 +78,11 @@ def stages_of(config: Config, folder: Path) -> dict[str, Stage]:
     model, data = config.model, config.data
     common: dict[str, Any] = {
         "seed": config.run.seed,
-        "model": {"source": model.source, "args": model.args, "content": source_fingerprint(model.source)},
+        "model": {"source": model.source, "args": model.args, "content": source_fingerprint(model.source, MODELS)},
         "data": {
             "source": data.source,
             "args": data.args,
-            "content": source_fingerprint(data.source),
+            "content": source_fingerprint(data.source, DATA),
             # of sentence pairs: another file to test on, and how they are cut up
             **{key: source_fingerprint(str(data.args[key])) for key in ("test", "tokenizer") if key in data.args},
         },
@@ -116,21 +117,26 @@ def stages_of(config: Config, folder: Path) -> dict[str, Stage]:
             },
         )
     checkpoints = {"sparse": best / CHECKPOINT, **twin}
-    exporting = {**common, "opset": config.export.opset, "fp16": config.export.fp16}
+    asking = {**common, **_calibration(config, sections)} if not config.labelled else common
+    exporting = {**asking, "export": {key: value for key, value in sections["export"].items() if key != "checkpoint"}}
     exported = add("export", "export to ONNX", "deliver:export", exporting, checkpoints)
-    precisions = ("fp32", "fp16") if config.export.fp16 else ("fp32",)
-    files = {precision: exported / f"model.{precision}.onnx" for precision in precisions}
+    files = {precision: exported / f"model.{precision}.onnx" for precision in config.export.precisions}
     graphs = files | ({"dense onnx": exported / "dense.fp32.onnx"} if twin else {})
     machine = _machine()
     plans: dict[str, Path] = {}
     if config.trt.enabled:
-        source = {"onnx": files[config.trt.precision]}
-        built = add("build", "build TensorRT plans", "deliver:build", {"trt": sections["trt"], **machine}, source)
+        source = {"onnx": files[config.trt.precision], "export result": exported / RESULT}
+        building = {"trt": sections["trt"], "keep_fp32": config.export.keep_fp32, **machine}
+        built = add("build", "build TensorRT plans", "deliver:build", building, source)
         stem = f"model.{config.trt.precision}"
-        plans = {"plan": built / f"{stem}.plan", "dense plan": built / f"{stem}.dense.plan"}
+        plans = {
+            "plan": built / f"{stem}.plan",
+            "dense plan": built / f"{stem}.dense.plan",
+            "engine": built / "engine.plan",
+        }
     measuring = {key: value for key, value in sections["verify"].items() if key.startswith("latency")}
-    settings = {**common, **machine, "verify": measuring}
-    add("verify", "verify", "deliver:verify", settings, {**checkpoints, **graphs, **plans})
+    settings = {**asking, **machine, "verify": measuring}
+    add("verify", "verify", "verification:verify", settings, {**checkpoints, **graphs, **plans})
     return stages
 
 
@@ -212,15 +218,21 @@ def _add_route(
 
 def _conversion(config: Config, sections: Mapping[str, Any]) -> dict[str, Any]:
     """What a conversion depends on besides its inputs: the number of workers changes no bit."""
+    apart = ("workers", "reference", "unstructured")
+    settings = {key: value for key, value in sections["convert"].items() if key not in apart}
+    return {"convert": settings, **_calibration(config, sections)}
+
+
+def _calibration(config: Config, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """What unlabelled inputs depend on."""
     calibration = config.calibration if config.calibration.source else config.data
     tokenizer = calibration.args.get("tokenizer")
-    apart = ("workers", "reference", "unstructured")
     return {
-        "convert": {key: value for key, value in sections["convert"].items() if key not in apart},
         "calibration": {
             "source": calibration.source,
             "args": calibration.args,
-            "content": source_fingerprint(calibration.source),
+            "content": source_fingerprint(calibration.source, DATA),
             "tokenizer": source_fingerprint(tokenizer) if isinstance(tokenizer, str) else None,
-        },
+            **{key: sections["convert"][key] for key in ("samples", "batch_size")},
+        }
     }

@@ -35,8 +35,12 @@ def show(config: Config, done: dict[str, Done]) -> None:
         for file in done["export"].result["files"]:
             console.print(f"{folder / 'export' / file['file']}  {_size(file['bytes'])}")
     if "build" in done:
-        for plan in done["build"].result["plans"]:
+        built = done["build"].result
+        for plan in built["plans"]:
             console.print(f"{folder / 'build' / plan['file']}  {_size(plan['bytes'])}  {_built(plan)}")
+        engine = built["engine"]
+        console.print(f"{folder / 'build' / engine['file']}  the {engine['twin']} plan: {engine['why']}")
+        console.print(built["verdict"]["summary"])
     if "verify" in done:
         _show_verification(console, done["verify"].result)
     if any(done[name].result.get("history") for name in ("dense", "train") if name in done):
@@ -79,12 +83,12 @@ def _layer_error(result: dict[str, Any]) -> str:
 
 def _show_verification(console: Console, result: dict[str, Any]) -> None:
     parity = result["parity"]
-    half = (
-        f", fp16 {parity['fp16']['relative_to_absmax']:.1e} of the output's absolute maximum"
-        if "fp16" in parity
-        else ""
-    )
-    console.print(f"ONNX against torch: fp32 max abs {parity['fp32']['max_abs']:.1e}{half}")
+    halves = [
+        f", {precision} {parity[precision]['relative_to_absmax']:.1e} of the output's absolute maximum"
+        for precision in parity
+        if precision != "fp32"
+    ]
+    console.print(f"ONNX against torch: fp32 max abs {parity['fp32']['max_abs']:.1e}{''.join(halves)}")
     for runtime, table in result["latency"].items():
         if "not_measured" in table:
             console.print(f"latency on {runtime}: not measured, it cannot run here")
@@ -93,7 +97,7 @@ def _show_verification(console: Console, result: dict[str, Any]) -> None:
         spread = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
         console.print(
             f"latency on {runtime}, batch {table['batch']}: {row['median_us']:.0f} us, "
-            f"{row['ratio']:.2f} of dense ({spread})"
+            f"{row['ratio']:.2f} of dense ({spread}): {table['claim']['sentence']} [{table['claim']['key']}]"
         )
     plan = result["plan"]
     if plan and plan["fallback_reason"]:
@@ -111,15 +115,12 @@ def _next(config: Config, done: dict[str, Done]) -> list[str]:
     """The arguments of the command that a user would likely call now."""
     folder = config.run.folder
     if "build" in done:
-        name = done["build"].result["plans"][0]["file"]
+        name = done["build"].result["engine"]["file"]
         here = done["verify"].result["plan"] if "verify" in done else None
         option = ["--fallback", "onnxruntime"] if here and here["fallback_reason"] else []
         return ["verify", str(folder / "build" / name), *option]
     if "export" in done:
         return ["inspect", str(folder / "export" / "model.fp32.onnx")]
-    if not config.labelled or config.in_pairs:  # which exports are verified on
-        made = next(name for name in reversed(done) if name in _ROUTES)
-        return ["inspect", str(folder / made / "model.safetensors")]
     return ["export", "--trt", "--folder", str(folder)]  # which knows model, data and the dense twin
 
 

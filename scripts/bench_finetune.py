@@ -101,7 +101,7 @@ class Bench:
         self.cache.mkdir(parents=True, exist_ok=True)
         self.journal = self.cache / "rows.json"
         self.rows: list[Row] = json.loads(self.journal.read_text()) if self.journal.exists() else []
-        self.config = replace(CONFIG, epochs=options.epochs)
+        self.config = replace(CONFIG, epochs=options.epochs, precision="bf16" if options.bf16 else "fp32")
         self.known: dict[str, Splits] = {}
 
     def data(self, split: str) -> Splits:
@@ -279,8 +279,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run what is not done and print everything."""
     options = parse()
-    if options.bf16:
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # where Accelerate looks
     bench = Bench(options)
     arms = [arm for arm in ARMS if arm.name in {"dense", *options.arms}]
     facts = {

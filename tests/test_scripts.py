@@ -174,3 +174,32 @@ def test_bench_finetune_trains_every_arm_once(benchmark_data: Path, tmp_path: Pa
     again = run_script("bench_finetune.py", *options, "--arms", "converted, static", "converted")
     assert again.returncode == 0, again.stderr
     assert '"arm"' not in again.stderr  # all of it was done
+
+
+@pytest.mark.slow
+def test_gpu_export_has_a_quick_mode_for_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for absent in ("pydantic", "typer", "rich"):  # machines with GPUs are lent with torch alone
+        (tmp_path / f"{absent}.py").write_text("raise ImportError", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    report = tmp_path / "report.json"
+    done = run_script("gpu_export.py", "--quick", "--json", str(report))
+    assert done.returncode == 0, done.stderr
+    written = json.loads(report.read_text(encoding="utf-8"))
+    assert written["environment"]["cores"] >= 1
+    assert {row["network"] for row in written["rows"]} == {"products 64", "residual", "encoder"}
+    for row in written["rows"]:
+        assert row["sparse_us"] > 0
+        assert row["interval"][0] <= row["ratio"] <= row["interval"][1]
+        assert row["claim"] in ("faster", "no-difference", "dense-faster", "spread-too-wide")
+        assert row["error"] < 1e-5
+        assert row["picked"] is None
+    assert {one["way"] for one in written["skipped"]} == {"tensorrt", "tensorrt_rtx", "torch"}
+    assert "skipped: tensorrt_rtx: --quick is for the CPU" in done.stdout
+
+
+@pytest.mark.slow
+def test_gpu_export_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = run_script("gpu_export.py")
+    assert done.returncode == 4
+    assert "--quick on the CPU" in done.stderr

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tnm_pipeline.training.backend import Backend
+from tnm_pipeline.training.backend import Backend, Choice
 from tnm_pipeline.training.finalize import LayerReport
 from tnm_pipeline.training.optimizers import OptimizerName
 from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.processes import Precision
 from tnm_pipeline.training.recipes import Recipe
 from tnm_pipeline.training.selection import Selection
 from tnm_pipeline.training.tasks import Classification
@@ -20,8 +21,9 @@ class FitConfig:
     Attributes:
         epochs: passes over the training set, each without the samples that do not fill a last batch.
         batch_size: samples in an optimizer step, over all processes.
-        accumulate: parts that the batch of a step is computed in, one after the other, which takes less memory and
-            changes no mask; batch norm sees the parts.
+        accumulate: equal parts that the batch of a step is computed in, one after the other, which takes less memory
+            and changes no mask; batch norm sees the parts.
+        precision: of the products; weights and their updates stay as they are. fp16 needs a GPU.
         optimizer: `sgd` (Nesterov) or `adamw`.
         lr: peak learning rate of dense training; a recipe scales it.
         momentum: of SGD; of AdamW, the decay rate of the gradients' mean.
@@ -35,6 +37,7 @@ class FitConfig:
     epochs: int = 40
     batch_size: int = 64
     accumulate: int = 1
+    precision: Precision = "fp32"
     optimizer: OptimizerName = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
@@ -80,6 +83,7 @@ class FitResult:
         history: curves.
         layers: a row per prunable layer; empty when dense.
         masks: layer name -> bool mask; empty when dense.
+        packs: how each sparse layer multiplied in the end, and why; empty where the backend is `masked`.
     """
 
     metric: str
@@ -87,6 +91,7 @@ class FitResult:
     history: History
     layers: list[LayerReport]
     masks: dict[str, Tensor]
+    packs: list[Choice] = field(default_factory=list)
 
     @property
     def accuracy(self) -> float:

@@ -130,8 +130,13 @@ def make_plain(layer: SparseLayer) -> Tensor:
     used = used_weight(layer, full(layer.weight))
     local(layer.weight).copy_(local_part(used, layer.weight))
     mask = layer.mask if layer.soft is None else used.detach() != 0
+    unmask(layer)
+    return mask
+
+
+def unmask(layer: SparseLayer) -> None:
+    """Turn a sparse layer back into a plain one in place, its weight as it trains: with the pruned entries."""
     layer.guard.remove()
     vars(layer).pop("packed", None)
     del layer.mask, layer.leak, layer.scale, layer.soft, layer.sampled, layer.guard
     change_type(layer, _PLAIN_OF[plain_type(layer)])
-    return mask

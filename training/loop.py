@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from tnm_pipeline.training.backend import Choice
 from tnm_pipeline.training.event_files import EventFiles
 from tnm_pipeline.training.finalize import LayerReport
 from tnm_pipeline.training.fitting import FitConfig as FitConfig
@@ -19,8 +20,9 @@ from tnm_pipeline.training.fitting import FitResult as FitResult
 from tnm_pipeline.training.fitting import History as History
 from tnm_pipeline.training.fitting import SparseTraining as SparseTraining
 from tnm_pipeline.training.image_folder import ImageSet
+from tnm_pipeline.training.lending import lent
 from tnm_pipeline.training.optimizers import make_optimizer, warmup_cosine
-from tnm_pipeline.training.processes import any_says, each_says, first_says, make_accelerator, wait_for_all
+from tnm_pipeline.training.processes import any_says, each_says, first_says, make_accelerator, rank
 from tnm_pipeline.training.scoring import check_match, evaluate, unused_parameters
 from tnm_pipeline.training.shuffle import Shuffle
 from tnm_pipeline.training.sources import Splits
@@ -47,9 +49,10 @@ def fit(
     on_step: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> FitResult:
-    """Train a model, densely or with masks; resume bit for bit when a state file is there.
+    """Train a model, densely or with masks; resume when a state file is there.
 
-    To the bit with the backend `masked`; on several processes only where nothing is drawn at random, as by dropout.
+    To the bit with the backend `masked` and the same number of processes, each of which draws random numbers of its
+    own, as for dropout.
 
     Args:
         model: trained in place from the weights that it has.
@@ -67,17 +70,23 @@ def fit(
 
     Raises:
         SourceError: the model cannot take the data, or what it returns does not fit the task.
+        BatchSizeError: a batch cannot be cut into equal parts for the processes and what each computes at a time.
+        PrecisionError: fp16 without a GPU.
         TrainingDivergedError: NaN or infinite loss or gradient; the last good state stays on disk.
-        TrainingStoppedError: `should_stop` said so; the state is on disk.
+        TrainingStoppedError: `should_stop` said so; the state is on disk. After this and any other error the model is
+            plain, with the weights that it had come to.
     """
     check_match(model, data)
-    training = _Training(model, data, config, sparsity)
-    if state_path and first_says(state_path.exists):
-        training.restore(state_path)
-    folder = events if training.accelerator.is_main_process else None
-    with closing(EventFiles(folder, training.done)) as training.events:
-        _run(training, state_path, on_step, should_stop)
-    return training.finish()
+    with lent(model):
+        training = _Training(model, data, config, sparsity)
+        if state_path and first_says(state_path.exists):
+            training.restore(state_path)
+        folder = events if training.accelerator.is_main_process else None
+        with closing(EventFiles(folder, training.done)) as training.events:
+            _run(training, state_path, on_step, should_stop)
+        layers, masks, packs = training.finish()
+    score = evaluate(model.eval(), data.test, task=data.task)
+    return FitResult(data.task.metric, score, training.history, layers, masks, packs)
 
 
 def _run(
@@ -103,19 +112,21 @@ class _Training:
     """A training under way: everything that `fit` needs to step, save, restore and finish."""
 
     def __init__(self, model: nn.Module, data: Splits, config: FitConfig, sparsity: SparseTraining | None) -> None:
-        set_seed(config.seed)
         self.model, self.data, self.config = model, data, config
-        self.accelerator = make_accelerator(config.batch_size)
+        batch_size = min(config.batch_size, len(data.train))
+        self.accelerator = make_accelerator(batch_size, config.accumulate, config.precision)
+        # Equal generators would drop out the same places of every process's share. (numpy takes no larger seeds.)
+        set_seed((config.seed + rank()) % 2**32)
         lengths = data.task.lengths(data.train.tensors)
-        self.shuffle = Shuffle(len(data.train), config.seed, config.batch_size, lengths)
+        self.shuffle = Shuffle(len(data.train), config.seed, batch_size, lengths)
         # Its own generator, because each start of an iteration draws from it: a resumed run starts one more.
         loader = DataLoader(
             data.train,
-            config.batch_size,
+            batch_size,
             sampler=self.shuffle,
             generator=torch.Generator(),
             # A ragged last batch would give batch norm a few samples to average over; the next epoch shuffles anew.
-            drop_last=len(data.train) >= config.batch_size,
+            drop_last=True,
         )
         self.epoch_steps = len(loader)
         self.steps = self.epoch_steps * config.epochs
@@ -125,11 +136,10 @@ class _Training:
         )
         self.schedule = LambdaLR(self.optimizer, lambda step: warmup_cosine(step, self.steps, config.warmup))
         # DDP would wait for their gradients forever.
-        self.resting = unused_parameters(model, data) if self.accelerator.num_processes > 1 else []
-        for parameter in self.resting:
+        for parameter in unused_parameters(model, data) if self.accelerator.num_processes > 1 else ():
             parameter.requires_grad_(False)
         self.wrapped, self.stepper, self.loader = self.accelerator.prepare(model, self.optimizer, loader)
-        self.sparsifier = None
+        self.sparsifier, self.backend = None, sparsity.backend if sparsity else "masked"
         if sparsity:  # after DDP has sent the weights of rank 0 around: it would send masks in every forward pass
             self.sparsifier = Sparsifier(
                 model,
@@ -176,7 +186,7 @@ class _Training:
         if self.done % self.epoch_steps == 0:
             shares = torch.tensor(self.loss_sum / self.epoch_steps, device=self.accelerator.device)
             self.history.loss.append((self.done, float(cast(Tensor, self.accelerator.reduce(shares, "mean")))))
-            self.history.score.append((self.done, self.score()))
+            self.history.score.append((self.done, evaluate(self.model, self.data.test, task=self.data.task)))
             self.loss_sum = 0.0
             (_, trained), (_, tested) = self.history.loss[-1], self.history.score[-1]
             names = ("training loss", f"test {self.data.task.metric}", "learning rate")
@@ -194,32 +204,16 @@ class _Training:
             last = number == len(parts)
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 predictions = self.data.task.predict(self.wrapped, inputs)
-                loss = self.data.task.loss(predictions, targets) * (len(targets) / len(batch[-1]))
+                loss = self.data.task.loss(predictions, targets) / len(parts)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
-    def score(self) -> float:
-        """The task's metric on the test set, with the weights as they are."""
-        return evaluate(self.model, self.data.test, task=self.data.task)
-
     def save(self, path: Path) -> None:
-        """Write the state file, on the main process alone; the others wait, since one that ends ends all."""
-        loss_sums = each_says(self.loss_sum)
-        if self.accelerator.is_main_process:
-            self.write(path, loss_sums)
-        wait_for_all()
-
-    def write(self, path: Path, loss_sums: list[float]) -> None:
-        """Write the state file.
-
-        Args:
-            path: of the file.
-            loss_sums: since the epoch began, of each process.
-        """
+        """Write the state file."""
         progress = {
             "step": self.done,
-            "loss_sums": loss_sums,
+            "loss_sums": each_says(self.loss_sum),
             "history": vars(self.history),
             "schedule": self.schedule.state_dict(),
             "sparsifier": self.sparsifier.state_dict() if self.sparsifier else None,
@@ -241,17 +235,11 @@ class _Training:
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
 
-    def finish(self) -> FitResult:
-        """Write the zeros and score what is left."""
-        for parameter in self.resting:
-            parameter.requires_grad_(True)
-        layers: list[LayerReport] = []
-        masks: dict[str, Tensor] = {}
-        if self.sparsifier:
-            self.history.flip_rate = [(refresh.step, refresh.flip_rate) for refresh in self.sparsifier.telemetry]
-            # Not strict: a loss scaler that skipped steps may leave the end of a ramp out, and there is no way back.
-            layers, masks = self.sparsifier.finalize(strict=False)
-        # Mixed precision lives in a `forward` of the model's own, which would stay.
-        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        self.model.eval()
-        return FitResult(self.data.task.metric, self.score(), self.history, layers, masks)
+    def finish(self) -> tuple[list[LayerReport], dict[str, Tensor], list[Choice]]:
+        """Write the zeros; what `FitResult` says of layers, masks and packs."""
+        if self.sparsifier is None:
+            return [], {}, []
+        self.history.flip_rate = [(refresh.step, refresh.flip_rate) for refresh in self.sparsifier.telemetry]
+        packs = [] if self.backend == "masked" else self.sparsifier.packs.table()
+        # Not strict: a loss scaler that skipped steps may leave the end of a ramp out, and there is no way back.
+        return *self.sparsifier.finalize(strict=False), packs

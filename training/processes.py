@@ -1,8 +1,9 @@
 """The processes that train together: how `fit` finds them, and short messages between them. One alone is fine too."""
 
 import os
+import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,31 +14,49 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_NAMES: dict[Precision, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # that Accelerate has for them
 
 
-class WorldSizeError(ValueError):
-    """The number of processes does not divide the batch."""
+class BatchSizeError(ValueError):
+    """A batch that cannot be cut into equal parts for the processes and what each computes at a time."""
 
 
-def make_accelerator(batch_size: int) -> "Accelerator":
+class PrecisionError(ValueError):
+    """A precision that this machine cannot train in."""
+
+
+def make_accelerator(batch_size: int, accumulate: int = 1, precision: Precision = "fp32") -> "Accelerator":
     """Accelerate's view of this process and those that `torchrun` or `accelerate launch` started with it.
 
     Args:
         batch_size: samples in an optimizer step, over all processes.
+        accumulate: parts that a process computes its share in.
+        precision: of the products, whatever the environment says.
 
     Raises:
-        WorldSizeError: they cannot be shared out evenly.
+        BatchSizeError: parts of one size are not possible.
         ShardingError: started for something else than DDP.
+        PrecisionError: fp16 without a GPU.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DataLoaderConfiguration, DistributedType
 
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if told not in ("no", _NAMES[precision]):
+        warnings.warn(
+            f"ACCELERATE_MIXED_PRECISION is {told}, and precision is {precision}: the latter holds", stacklevel=2
+        )
+    AcceleratorState._reset_state()  # else the first precision in this process would be that of all that follow
     # Without being told, Accelerate takes processes without a GPU for strangers, each of which would write all files.
     together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     accelerator = Accelerator(
         cpu=together and not torch.accelerator.is_available(),
         # Every process takes its share of each batch, so that batch_size means the same for any number of them.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
+        mixed_precision=_NAMES[precision],
     )
     sharding = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in sharding:
@@ -46,14 +65,28 @@ def make_accelerator(batch_size: int) -> "Accelerator":
             "process: launch without it (plain torchrun gives DDP), or shard with FSDP2 in a loop of your own around a "
             "Sparsifier"
         )
-    processes = accelerator.num_processes
-    if batch_size % processes:
-        fitting = max(processes, batch_size // processes * processes)
-        raise WorldSizeError(
-            f"a batch of {batch_size} samples cannot be shared out evenly among {processes} processes: make batch_size "
-            f"a multiple, such as {fitting}, or start another number of processes"
-        )
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise PrecisionError("fp16 needs a GPU, and this training runs on the CPU: take the precision bf16 or fp32")
+    _check_parts(batch_size, accelerator.num_processes, accumulate)
     return accelerator
+
+
+def _check_parts(batch_size: int, processes: int, accumulate: int) -> None:
+    """Refuse parts of different sizes, or of no sample.
+
+    Raises:
+        BatchSizeError: names the numbers that work.
+    """
+    parts = processes * accumulate
+    if batch_size % parts == 0:
+        return
+    size = max(parts, batch_size // parts * parts)
+    share, rest = divmod(batch_size, processes)
+    ways = "" if rest else f", or accumulate one of {[way for way in range(1, share + 1) if share % way == 0]}"
+    raise BatchSizeError(
+        f"a batch of {batch_size} samples cannot be cut into {parts} equal parts (processes x accumulate = {processes} "
+        f"x {accumulate}): make batch_size a multiple of {parts}, such as {size}{ways}"
+    )
 
 
 def count() -> int:

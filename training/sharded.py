@@ -14,8 +14,9 @@ Parts and `.metadata` are pickles: read only what you wrote.
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from tnm_pipeline.training.atomic import write_atomically
 from tnm_pipeline.training.checkpoint import CheckpointError
 from tnm_pipeline.training.distributed import reshard
 from tnm_pipeline.training.processes import count, first_says, rank
+from tnm_pipeline.training.recipes import Recipe
 from tnm_pipeline.training.sparsify import Sparsifier
 from tnm_pipeline.training.state import random_state, set_random_state
 
@@ -70,7 +72,7 @@ def save_sharded(
     record = {
         "processes": count(),
         "pattern": str(sparsifier.pattern),
-        "recipe": sparsifier.recipe.name,
+        "recipe": _facts(sparsifier.recipe),
         "sparsifier": sparsifier.state_dict(),
         "progress": dict(progress),
         "groups": None if optimizer.state else _settings(optimizer),
@@ -173,12 +175,24 @@ def _remove_all_but(folder: Path, target: Path) -> None:
 
 
 def _check_same_sparsity(target: Path, record: Mapping[str, Any], sparsifier: Sparsifier) -> None:
-    saved, own = (record["pattern"], record["recipe"]), (str(sparsifier.pattern), sparsifier.recipe.name)
-    if saved != own:
+    saved = {"pattern": record["pattern"]} | record["recipe"]
+    own = {"pattern": str(sparsifier.pattern)} | _facts(sparsifier.recipe)
+    differ = [key for key in own if saved.get(key) != own[key]]
+    if differ:
         raise CheckpointError(
-            f"{target} was saved while training {saved[0]} with recipe {saved[1]}, the Sparsifier was made for "
-            f"{own[0]} with {own[1]}: make it with the former to go on, or start anew in another folder"
+            f"{target} was saved while training with {_named(saved, differ)}, the Sparsifier was made for "
+            f"{_named(own, differ)}: make it with the former to go on, or start anew in another folder"
         )
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe does, as JSON gives it back; the summary is for people."""
+    facts: dict[str, Any] = json.loads(json.dumps(asdict(replace(recipe, summary=""))))
+    return facts
+
+
+def _named(facts: Mapping[str, Any], keys: Iterable[str]) -> str:
+    return ", ".join(f"{key} {facts.get(key)}" for key in keys)
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:

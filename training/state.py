@@ -1,11 +1,12 @@
 """The state of a training that is under way: everything needed to go on bit for bit, in one file.
 
-Tensors go under `model/`, `optimizer/` and `rng/`, everything else into the JSON record of the header.
+Tensors go under `model/`, `optimizer/` and, for each process that trains, `rng/RANK/`; everything else goes into the
+JSON record of the header.
 """
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,17 @@ from torch.optim import Optimizer
 
 from tnm_pipeline.training.atomic import write_atomically
 from tnm_pipeline.training.checkpoint import CheckpointError
+from tnm_pipeline.training.processes import count, each_says, rank, wait_for_all
 
+RandomState = tuple[dict[str, Tensor], dict[str, Any]]
 _RECORD = "tnm_pipeline.training"
 
 
 def save_state(path: Path, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> None:
-    """Write the state atomically: a kill leaves the one before or this one.
+    """Write the state atomically: a kill leaves the one before or this one. All processes must call it.
+
+    The first one writes; the others, whose weights and optimizer are the same, give it their random generators and
+    wait, since one that ends ends all.
 
     Args:
         path: a `.safetensors` file.
@@ -31,6 +37,13 @@ def save_state(path: Path, model: nn.Module, optimizer: Optimizer, progress: dic
         optimizer: any torch optimizer whose state holds tensors and JSON-able values.
         progress: JSON-able counters of the loop.
     """
+    generators = each_says(random_state())
+    if rank() == 0:
+        write_atomically(path, _pack(model, optimizer, progress, generators))
+    wait_for_all()
+
+
+def _pack(model: nn.Module, optimizer: Optimizer, progress: dict[str, Any], generators: Sequence[RandomState]) -> bytes:
     # Cloned, because tied weights and buffers may share memory, which safetensors refuses.
     tensors = {f"model/{name}": tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     packed = optimizer.state_dict()
@@ -41,17 +54,20 @@ def save_state(path: Path, model: nn.Module, optimizer: Optimizer, progress: dic
                 tensors[f"optimizer/{index}/{key}"] = value.detach().cpu().clone()
             else:
                 scalars.setdefault(str(index), {})[key] = value
-    generators, generator_record = random_state()
+    for process, (states, _) in enumerate(generators):
+        tensors |= {f"rng/{process}/{name}": state for name, state in states.items()}
     record = {
         "progress": progress,
         "optimizer": {"param_groups": packed["param_groups"], "scalars": scalars},
-        "rng": generator_record,
+        "rng": [others for _, others in generators],
     }
-    write_atomically(path, serialize(tensors | generators, metadata={_RECORD: json.dumps(record)}))
+    return serialize(tensors, metadata={_RECORD: json.dumps(record)})
 
 
 def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Put everything back as `save_state` found it.
+    """Put everything back as `save_state` found it; all processes must call it.
+
+    Random generators are put back where the number of processes is the same; else they stay as they are.
 
     Args:
         path: that `save_state` wrote, for the same model and optimizer.
@@ -79,16 +95,19 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, 
     for index, values in record["optimizer"]["scalars"].items():
         state.setdefault(int(index), {}).update(values)
     optimizer.load_state_dict({"state": state, "param_groups": record["optimizer"]["param_groups"]})
-    set_random_state(tensors, record["rng"])
+    if len(record["rng"]) == count():
+        own = f"rng/{rank()}/"
+        states = {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
+        set_random_state(states, record["rng"][rank()])
     progress: dict[str, Any] = record["progress"]
     return progress
 
 
-def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The global generators of this process: those of torch as tensors named `rng/...`, the others JSON-able."""
-    tensors = {"rng/torch": torch.get_rng_state()}
+def random_state() -> RandomState:
+    """The global generators of this process: those of torch as tensors by name, the others JSON-able."""
+    tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors |= {f"rng/cuda/{device}": state for device, state in enumerate(torch.cuda.get_rng_state_all())}
+        tensors |= {f"cuda/{device}": state for device, state in enumerate(torch.cuda.get_rng_state_all())}
     numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002  # user code may draw from the global generator
     return tensors, {"python": random.getstate(), "numpy": _jsonable(numpy_state)}
 
@@ -100,11 +119,11 @@ def set_random_state(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -
         tensors: the first of its results; further ones are ignored.
         record: the second.
     """
-    torch.set_rng_state(tensors["rng/torch"])
+    torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available():
         for device in range(torch.cuda.device_count()):
-            if f"rng/cuda/{device}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"rng/cuda/{device}"], device)
+            if f"cuda/{device}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda/{device}"], device)
     version, internal, gauss = record["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(record["numpy"])  # noqa: NPY002  # as in random_state

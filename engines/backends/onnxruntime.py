@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -29,7 +30,8 @@ class OnnxRuntimeBackend:
 
     Args:
         manifest: The manifest of the model.
-        model: The bytes that the manifest describes, weights included.
+        model: The bytes that the manifest describes.
+        folder: Where its external files lie, whose hashes were checked.
         device: `"cpu"`; `"cuda"`: the whole network there, or an error; `"auto"`: CUDA where there is a GPU
             and a provider for it, with a warning where the provider then fails to start, the CPU otherwise.
         driver: What the driver probe found.
@@ -39,13 +41,14 @@ class OnnxRuntimeBackend:
         EnvironmentLacks: CUDA was demanded and cannot run all of the network here, or an operator is missing.
     """
 
-    def __init__(self, manifest: Manifest, model: bytes, *, device: str, driver: Driver) -> None:
+    def __init__(self, manifest: Manifest, model: bytes, *, folder: Path, device: str, driver: Driver) -> None:
         on_gpu = _wants_gpu(device, driver)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _SEVERITY_ERROR
-        # No hash covers external weights, and with a model given as bytes ONNX Runtime looks for them in the
-        # working directory: point it at a folder that cannot contain a file.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+        # With a model given as bytes, ONNX Runtime looks for external weights in the working directory, where no hash
+        # covers them: where the manifest states none, point it at a folder that cannot contain a file.
+        weights = str(folder) if manifest.external else os.devnull
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights)
         if device == "cuda":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         providers = [_CUDA, _CPU] if on_gpu and device == "auto" else [_CUDA] if on_gpu else [_CPU]
@@ -59,9 +62,13 @@ class OnnxRuntimeBackend:
                 disabled_optimizers=_CRASHING_ON_FP16 if manifest.precision == "fp16" else None,
             )
         except errors.NotImplemented as error:
+            way_out = (
+                "Its CPU has no bf16: load the fp32 or fp16 file here, or run this one on a GPU"
+                if manifest.precision == "bf16" and not on_gpu
+                else "Install a newer ONNX Runtime"
+            )
             raise EnvironmentLacks(
-                f"ONNX Runtime {onnxruntime.__version__} lacks an operator of {manifest.artifact}: {error}. "
-                "Install a newer ONNX Runtime"
+                f"ONNX Runtime {onnxruntime.__version__} lacks an operator of {manifest.artifact}: {error}. {way_out}"
             ) from error
         except _LOAD_ERRORS as error:
             if on_gpu and not isinstance(error, _GRAPH_ERRORS):

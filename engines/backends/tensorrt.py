@@ -1,10 +1,10 @@
-"""TensorRT and TensorRT-RTX: the part of the API that both share, on optimisation profile 0.
+"""TensorRT and TensorRT-RTX: the part of the API that both share, on one context that changes profiles.
 
 The caller has probed the driver: a `Runtime` made on a machine without one crashes the process.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from tnm_pipeline.engines.cuda import CudaDriver, Device
 from tnm_pipeline.engines.driver import Driver
 from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks, FeedError
 from tnm_pipeline.engines.manifest import Manifest
-from tnm_pipeline.engines.tensors import TensorSpec
+from tnm_pipeline.engines.tensors import Ranges, TensorSpec
 
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # module -> what pip installs
 
@@ -43,6 +43,7 @@ class TensorRTBackend:
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
+        self._profile = 0  # what a new context has
         self._device = Device(CudaDriver())
         try:
             with self._device.current():
@@ -58,8 +59,10 @@ class TensorRTBackend:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """See `Backend.run`."""
         self._log.clear()
+        profile = covering_profile(self._manifest.profiles, self._manifest.inputs, feeds)
         with self._device.current():
             try:
+                self._select(profile)
                 for name, array in feeds.items():
                     self._feed(name, array)
                 return self._execute()
@@ -73,6 +76,14 @@ class TensorRTBackend:
             self._engine = None
             self._runtime = None
         self._device.close()
+
+    def _select(self, profile: int) -> None:
+        """Change the context's profile where a call needs another; every input's shape is set again after it."""
+        if profile == self._profile:
+            return
+        if not self._context.set_optimization_profile_async(profile, self._device.stream):
+            raise EnvironmentLacks(f"TensorRT does not change to profile {profile}: {self._complaints()}")
+        self._profile = profile
 
     def _feed(self, name: str, array: Array) -> None:
         if not self._context.set_input_shape(name, array.shape):
@@ -154,6 +165,41 @@ def check_gpu(manifest: Manifest, driver: Driver) -> None:
             f"has {gpu.compute_capability}: build it for this GPU with `tnm-pipeline export --trt --set "
             f"'trt.compute_capabilities=[\"{gpu.compute_capability}\"]'`"
         )
+
+
+def covering_profile(profiles: Sequence[Ranges], inputs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> int:
+    """The first optimisation profile that holds all sizes of a call.
+
+    Args:
+        profiles: Those of the plan; none for fixed sizes.
+        inputs: What the plan takes.
+        feeds: Every input by name, each of the rank that `inputs` states.
+
+    Returns:
+        Its index; 0 for a plan of fixed sizes.
+
+    Raises:
+        FeedError: No profile holds all of them, even though the profiles together may span each.
+    """
+    sizes = {
+        dim: size
+        for spec in inputs
+        for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True)
+        if isinstance(dim, str)
+    }
+    for index, profile in enumerate(profiles):
+        if all(low <= sizes[dim] <= high for dim, (low, _, high) in profile.items()):
+            return index
+    if not profiles:
+        return 0
+    built_for = "; ".join(
+        f"profile {index}: " + ", ".join(f"{dim} {low} to {high}" for dim, (low, _, high) in profile.items())
+        for index, profile in enumerate(profiles)
+    )
+    raise FeedError(
+        f"no profile of the plan holds {', '.join(f'{dim} = {size}' for dim, size in sizes.items())} ({built_for}): "
+        "split or pad the inputs, or rebuild with a profile for these sizes"
+    )
 
 
 def _runtime_module(manifest: Manifest) -> Any:

@@ -127,8 +127,8 @@ class Run:
     @property
     def sparse_score(self) -> float | None:
         """Of the exported sparse model, in ONNX fp32 where that was scored; None where it was not."""
-        if "verify" in self.results:
-            return float(self.results["verify"]["accuracy"]["onnx fp32"])
+        if "onnx fp32" in self.results.get("verify", {}).get("scores", {}):
+            return float(self.results["verify"]["scores"]["onnx fp32"])
         maker = "best" if "best" in self.results else self.route
         return score_of(self.results[maker]) if maker else None
 
@@ -173,7 +173,13 @@ def read_run(folder: Path) -> Run:
         route=route,
         scores=tuple(_scores(config, results, route)),
         curves=tuple(_curves(config, results)),
-        layers=layer_rows(maker, config.sparsity.pattern, _deployed(config, results), _sparse_plan(results)),
+        layers=layer_rows(
+            maker,
+            config.sparsity.pattern,
+            _deployed(config, results),
+            _sparse_plan(results),
+            results["build"]["verdict"] if "build" in results else None,
+        ),
         picture=maker.get("picture"),
         artifacts=tuple(_artifacts(folder, results)),
     )
@@ -234,9 +240,10 @@ def _scores(config: Config, results: _Results, route: str | None) -> Iterator[Sc
     given_score = score_of(results["best"]) if route == "given" else None
     if given_score is not None:
         yield Score("sparse checkpoint, given", "", given_score, exported=True)
-    checked = results["verify"]["accuracy"] if "verify" in results else {}
-    for key, label in (("onnx fp32", "ONNX fp32"), ("onnx fp16", "ONNX fp16")):
-        if key in checked:
+    checked = results["verify"]["scores"] if "verify" in results else {}
+    for key in checked:
+        if key.startswith("onnx "):
+            label = key.replace("onnx", "ONNX")
             yield Score(label, labels[route][1] if route in labels else "", checked[key])
     if "dense" in checked:
         yield Score("ONNX fp32 of the dense twin", "dense", checked["dense"])

@@ -6,7 +6,7 @@ from typing import Any
 
 from tnm_pipeline.training.pattern import Pattern
 
-NOT_SAID = "the builder did not say"
+NOT_OBSERVED = "not observed"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class LayerRow:
         eligible: the ONNX weight is 2:4 along the axis that TensorRT reads; None without an ONNX file.
         flag_set: the plan was built with sparse weights allowed; None without a plan.
         picked: in words; empty where the question does not arise.
-        why_not: why the layer is dense, or not eligible; empty if neither.
+        why_not: why the layer is dense, not eligible or not picked; empty if nothing of it.
+        key: of that reason in docs/not-faster.md; empty for one that is not there.
+        remedy: what to do about it; empty where nothing is.
     """
 
     name: str
@@ -49,6 +51,8 @@ class LayerRow:
     flag_set: bool | None
     picked: str
     why_not: str
+    key: str = ""
+    remedy: str = ""
 
     @property
     def holds(self) -> bool | None:
@@ -63,15 +67,20 @@ class LayerRow:
 
 
 def layer_rows(
-    route: Mapping[str, Any], pattern: str, onnx: Mapping[str, Any] | None, plan: Mapping[str, Any] | None
+    route: Mapping[str, Any],
+    pattern: str,
+    onnx: Mapping[str, Any] | None,
+    plan: Mapping[str, Any] | None,
+    verdict: Mapping[str, Any] | None,
 ) -> tuple[LayerRow, ...]:
-    """Merge the three witnesses by layer name.
+    """Merge the witnesses by layer name, and by node where they speak of the graph.
 
     Args:
         route: the `result.json` of the stage that made the exported checkpoint; empty when it was given.
         pattern: that the run asked for, where a row does not repeat it.
         onnx: the `sparsity` of the exported file that the plan was built from; None before export.
         plan: the entry of the sparse plan in the build's result; None without one.
+        verdict: the build's on each layer, as `tnm_pipeline.export.verdict` gives it; None without a plan.
 
     Returns:
         In the order of the ONNX graph, then whatever it does not hold. Counts in the ONNX file win over those of
@@ -86,19 +95,32 @@ def layer_rows(
     for name, reason in route.get("skipped", {}).items():
         trained[name] = {"name": name, **trained.get(name, {}), "pattern": None, "skipped": reason}
     counted: Sequence[Mapping[str, Any]] = onnx["per_layer"] if onnx else ()
-    eligible = sum(row["eligible"] for row in counted)
+    told = {(row["name"], row["node"]): row for row in verdict["layers"]} if verdict else {}
     names = [row["name"] for row in counted]
     rows = [
-        _row(trained.get(row["name"], {}), row, plan, eligible, shared=names.count(row["name"]) > 1) for row in counted
+        _row(
+            trained.get(row["name"], {}),
+            row,
+            plan,
+            told.get((row["name"], row["node"]), {}),
+            shared=names.count(row["name"]) > 1,
+        )
+        for row in counted
     ]
     absent = (row for name, row in trained.items() if name not in names)
     return (*rows, *_absent(absent, exported=onnx is not None))
 
 
 def _row(
-    torch: Mapping[str, Any], onnx: Mapping[str, Any], plan: Mapping[str, Any] | None, eligible: int, *, shared: bool
+    torch: Mapping[str, Any],
+    onnx: Mapping[str, Any],
+    plan: Mapping[str, Any] | None,
+    told: Mapping[str, Any],
+    *,
+    shared: bool,
 ) -> LayerRow:
     sparse = onnx["pattern"] is not None
+    finding = told["why"][0] if told and told["why"] and not torch.get("skipped") else None
     return LayerRow(
         name=onnx["name"],
         node=onnx["node"] if shared else "",
@@ -114,8 +136,10 @@ def _row(
         error=torch.get("error"),
         eligible=onnx["eligible"],
         flag_set=plan["sparse_weights_flag"] if plan else None,
-        picked=_picked(plan, eligible) if plan and onnx["eligible"] else "",
-        why_not=torch.get("skipped") or onnx["why"],
+        picked=_picked(told),
+        why_not=finding["message"] if finding else torch.get("skipped") or onnx["why"],
+        key=finding["key"] if finding else "",
+        remedy=finding["remedy"] if finding else "",
     )
 
 
@@ -151,11 +175,7 @@ def _predicted(plan: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _picked(plan: Mapping[str, Any], eligible: int) -> str:
-    """Builders log how many layers got a sparse tactic, so one layer's answer is certain for none or all only."""
-    picked = plan["picked_layers"]
-    if picked is None:
-        return NOT_SAID
-    if picked in (0, eligible):
-        return "yes" if picked else "no"
-    return f"{picked} of {eligible}, not named"
+def _picked(told: Mapping[str, Any]) -> str:
+    if not told or not told["eligible"]:
+        return ""
+    return NOT_OBSERVED if told["picked"] is None else "yes" if told["picked"] else "no"

@@ -86,6 +86,8 @@ def missing(run: Run, stage: str, what: str) -> str:
 def _score(run: Run) -> str:
     sparse, dense, metric = run.sparse_score, run.dense_score, run.metric
     name = "" if metric.scale == 100 else f" {metric.name}"
+    if sparse is None and run.unlabelled and run.route == "given":
+        return f"the given {run.pattern} checkpoint was not scored, because the run was given no labels"
     if sparse is None and run.unlabelled and run.route:
         errors = run.results[run.route]
         return (
@@ -100,7 +102,7 @@ def _score(run: Run) -> str:
         scores = f"scores{name} {metric.text(sparse, 1)}"
         return f"{given}{run.pattern} checkpoint {scores}, with no dense twin to compare it with"
     gap = metric.gap(sparse - dense, 1) + (" points" if metric.scale == 100 else "")
-    if run.samples:
+    if run.samples and metric.scale == 100:
         gap += f", {abs(round(run.samples * (sparse - dense)))} of {run.samples} test samples"
     allowed = run.config.verify.max_drop
     if metric.scale == 100 and 100 * (dense - sparse) > allowed:
@@ -158,35 +160,26 @@ def _latency(run: Run) -> Iterator[str]:
 def _portable(table: Mapping[str, Any], runtime: str) -> str:
     if "not_measured" in table:
         return f"latency on {runtime} was not measured"
-    row = _sparse(table)
-    spread = f"{row['ratio']:.2f}x the dense time, 95% interval {row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
-    if row["ratio_low"] <= 1 <= row["ratio_high"]:
+    row, claim = _sparse(table), table["claim"]
+    if claim["key"] == "no-difference":
+        spread = f"{row['ratio']:.2f}x the dense time"
         return f"latency on {runtime} is unchanged ({spread}), because ONNX Runtime has no sparse kernels"
-    return f"latency on {runtime} is {spread}, which is no gain from sparsity: ONNX Runtime has no sparse kernels"
+    if claim["key"] in ("faster", "dense-faster"):
+        return f"on {runtime} {claim['sentence']}, not because of sparsity: ONNX Runtime has no sparse kernels"
+    return f"latency on {runtime} allows no claim: {claim['sentence']}"
 
 
 def _native(table: Mapping[str, Any]) -> str:
-    row = _sparse(table)
     gpus = table["environment"]["gpus"]
     where = f"TensorRT on {gpus[0]}" if gpus else "TensorRT"
-    spread = f"{row['ratio']:.2f}x the dense time, 95% interval {row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
-    if row["ratio_high"] < 1:
-        return f"with {where} the sparse plan is faster: {spread}, batch {table['batch']}"
-    if row["ratio_low"] > 1:
-        return f"with {where} the sparse plan is slower: {spread}, batch {table['batch']}: deploy the dense twin"
-    return f"with {where} sparsity is not worth it: {spread}, batch {table['batch']}, shows no difference"
+    return f"with {where}, batch {table['batch']}: {table['claim']['sentence']}"
 
 
 def _tactics(run: Run) -> Iterator[str]:
     """What is known of sparse tactics, which is the only thing that could make anything faster."""
-    eligible = sum(layer.eligible is True for layer in run.layers)
-    if run.plan is None or not eligible:
-        return
-    picked = run.plan["picked_layers"]
-    if picked is None:
-        yield f"{_are(eligible)} eligible for sparse tactics; the builder did not say whether it picked any."
-    else:
-        yield f"{_are(eligible)} eligible for sparse tactics; the builder picked one for {picked or 'none'} of them."
+    if "build" in run.results:
+        summary = run.results["build"]["verdict"]["summary"]
+        yield f"{summary[0].upper()}{summary[1:]}."
 
 
 def _without_gpu(run: Run) -> bool:
@@ -202,10 +195,6 @@ def _sparse(table: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _layers(count: int) -> str:
     return f"{count} layer{'' if count == 1 else 's'}"
-
-
-def _are(count: int) -> str:
-    return f"{_layers(count)} {'is' if count == 1 else 'are'}"
 
 
 def _groups(count: int | None) -> str:

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tnm_pipeline.export.half import to_fp16
 from tnm_pipeline.export.onnx import export_onnx
+from tnm_pipeline.export.precision import retype
 
 
 class ConvNet(nn.Module):
@@ -84,7 +84,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, nn.Module
     def run(name: str, model: nn.Module, sample: Tensor) -> Exported:
         fp32, fp16 = folder / f"{name}.fp32.onnx", folder / f"{name}.fp16.onnx"
         export_onnx(model, sample, fp32)
-        to_fp16(fp32, fp16)
+        retype(fp32, fp16, "fp16")
         return Exported(model, sample, fp32, fp16)
 
     return run

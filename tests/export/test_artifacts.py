@@ -1,6 +1,6 @@
 from pathlib import Path
 
-import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
@@ -11,11 +11,11 @@ from tnm_pipeline.export.errors import ExportRejected
 from tnm_pipeline.training.atomic import write_atomically
 
 
-def _model(op: str) -> onnx.ModelProto:
+def _model(op: str) -> ir.Model:
     value = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 4])
     result = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", 4])
     graph = helper.make_graph([helper.make_node(op, ["input"], ["output"])], "graph", [value], [result])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
 
 
 def test_rejected_model_is_kept_aside_and_the_last_good_one_stays(tmp_path: Path) -> None:
@@ -58,8 +58,11 @@ def test_manifest_describes_the_file(mlp: Exported) -> None:
     assert manifest.inputs[0].dtype == "float32"
 
 
-def test_only_the_batch_of_a_plan_may_vary() -> None:
+def test_a_plan_needs_a_range_of_every_dynamic_dimension() -> None:
     value = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", "length"])
     assert tensor_specs([value])[0].shape == ("batch", "length")
     with pytest.raises(ExportRejected, match="'length'"):
-        tensor_specs([value], batch=(1, 2, 4))
+        tensor_specs([value], [{"batch": (1, 2, 4)}])
+    short, long = {"batch": (1, 2, 4), "length": (4, 6, 8)}, {"batch": (2, 8, 8), "length": (9, 9, 16)}
+    (spec,) = tensor_specs([value], [short, long])
+    assert spec.ranges == {"batch": (1, 2, 8), "length": (4, 6, 16)}

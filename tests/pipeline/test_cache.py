@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tnm_pipeline.pipeline.cache import HUB, JOURNAL, STATE_FILE, StageCache, locked, source_fingerprint
+from tnm_pipeline.pipeline.cache import DATA, HUB, JOURNAL, MODELS, STATE_FILE, StageCache, locked, source_fingerprint
 from tnm_pipeline.pipeline.errors import ConfigError, RunLocked
 
 
@@ -171,6 +171,20 @@ def test_a_folder_is_known_by_names_and_contents(tmp_path: Path) -> None:
         change()
         assert source_fingerprint(str(folder)) not in known
         known.add(source_fingerprint(str(folder)))
+
+
+def test_a_built_in_name_wins_over_a_folder_where_it_does_so_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tnm_pipeline.training import sources
+
+    assert (set(MODELS), set(DATA)) == (set(sources.MODELS), set(sources.DATA))
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "digits-mlp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"1")
+    assert source_fingerprint("digits", DATA) == "digits"
+    assert source_fingerprint("digits-mlp", DATA) != "digits-mlp"  # a folder of images
 
 
 def test_a_name_on_the_hub_is_no_module_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

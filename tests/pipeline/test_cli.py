@@ -1,5 +1,6 @@
 """What a user meets: messages, exit codes, and that bad input leaves nothing behind."""
 
+import json
 import pickle
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.pipeline.conftest import Ended, call
+from tnm_pipeline.engines import verify_artifact
 from tnm_pipeline.training.sources import digits_cnn
 
 Tnm = Callable[..., Ended]
@@ -187,6 +189,57 @@ def test_one_flipped_byte_in_a_plan(small_run: Path, tmp_path: Path, where: int)
     assert "sha256" in ended.err
 
 
+def test_the_engine_to_deploy_is_one_of_the_two_plans(small_run: Path) -> None:
+    built = json.loads((small_run / "run/build/result.json").read_text(encoding="utf-8"))
+    assert (built["engine"]["twin"], built["engine"]["key"]) == ("sparse", "not-measured")
+    engine, plan = small_run / "run/build/engine.plan", small_run / "run/build/model.fp16.plan"
+    assert engine.read_bytes() == plan.read_bytes()
+    assert verify_artifact(engine).sparse_weights_flag is True
+    layers = built["verdict"]["layers"]
+    assert {layer["picked"] for layer in layers} == {None}  # nothing was observed without a GPU
+    assert {layer["why"][0]["key"] for layer in layers if layer["eligible"]} == {"rtx-silent"}
+
+
+def test_a_model_repository(small_run: Path, tmp_path: Path) -> None:
+    """TensorRT for RTX has no Triton backend, so the ONNX file goes there; nothing is exported again."""
+    shutil.copytree(small_run / "run", tmp_path / "run")
+    command = ("export", "--trt", "--folder", "run", "--triton", "models", "--json")
+    ended = call(tmp_path, *command)
+    assert ended.code == 0, ended.err
+    assert all(stage["cached"] for name, stage in ended.json()["stages"].items() if name != "verify")
+    assert "Triton model: models/run/1" in ended.err
+    served = tmp_path / "models/run/1/model.onnx"
+    assert served.read_bytes() == (tmp_path / "run/export/model.fp16.onnx").read_bytes()
+    assert verify_artifact(served).precision == "fp16"
+    assert 'backend: "onnxruntime"' in (tmp_path / "models/run/config.pbtxt").read_text(encoding="utf-8")
+
+
+CANCELLING = """
+from torch import nn
+class Net(nn.Sequential):
+    def forward(self, x): return super().forward((x * 3000 + x) - x * 3000)
+def net():
+    return Net(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 10))
+"""
+
+
+def test_a_half_precision_that_differs_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(CANCELLING, encoding="utf-8")
+    keys = ("run.routes=['train']", "train.epochs=1", "trt.enabled=false", "verify.max_drop=100")
+    given = ("--model", "nets:net", "--data", "digits", "--folder", "run", *(f"--set={key}" for key in keys))
+    ended = call(tmp_path, "run", *given)
+    assert ended.code == 5, ended.err
+    assert "model.fp16.onnx differs from torch at output 'output'" in ended.err
+    assert "bisect" in ended.err
+    assert (tmp_path / "run/export/model.fp16.onnx.rejected").is_file()
+    assert not (tmp_path / "run/export/model.fp16.onnx").exists()
+    found = call(tmp_path, "bisect", "run/export/model.fp32.onnx", "run/export/model.fp16.onnx.rejected", "--json")
+    assert found.code == 0, found.err
+    advice = shlex.split(found.json()["command"])
+    again = call(tmp_path, "run", *given, *advice[advice.index("--set") :])
+    assert again.code == 0, again.err
+
+
 def test_an_accuracy_gate_that_fails(small_run: Path, tmp_path: Path) -> None:
     shutil.copytree(small_run, tmp_path / "copy")
     dense = tmp_path / "dense.safetensors"
@@ -198,8 +251,8 @@ def test_an_accuracy_gate_that_fails(small_run: Path, tmp_path: Path) -> None:
     )
     assert ended.code == 5, ended.err
     assert "points below dense" in ended.err
-    accuracy = ended.json()["stages"]["verify"]["result"]["accuracy"]  # what was measured is not lost
-    assert accuracy["onnx fp32"] < accuracy["dense"]
+    scores = ended.json()["stages"]["verify"]["result"]["scores"]  # what was measured is not lost
+    assert scores["onnx fp32"] < scores["dense"]
     assert "points below dense" in (tmp_path / "copy/run/report.html").read_text(encoding="utf-8")
 
 

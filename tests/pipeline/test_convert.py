@@ -97,7 +97,7 @@ def test_what_is_printed_without_labels(plain: Path) -> None:
     result = json.loads((plain / "out/convert/result.json").read_text(encoding="utf-8"))
     assert f"{result['mean_error']:.3f} (own {result['mean_error_own']:.3f})" in ended.out
     assert ended.out.count("no labels") == 2
-    assert "next: tnm-pipeline inspect out/convert/model.safetensors" in ended.out
+    assert "next: tnm-pipeline export --trt --folder out" in ended.out
 
 
 def test_the_number_of_workers_changes_nothing(plain: Path, tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.pipeline.conftest import Ended
 from tests.pipeline.reports import Page
 from tests.training.labelled import write_encoder, write_images, write_pairs
+from tnm_pipeline.engines.artifact import read_manifest
 from tnm_pipeline.pipeline.metrics import Metric, metric_of, score_of
 
 Tnm = Callable[..., Ended]
@@ -31,6 +33,7 @@ lr = 1e-3
 epochs = 1
 accumulate = 2
 recipe = "static"
+backend = "auto"
 [convert]
 samples = 64
 """
@@ -74,6 +77,8 @@ def test_pairs_are_trained_and_converted_and_scored_by_spearman(pairs: Tnm, tmp_
         assert f"{result['spearman']:.4f}" in ended.out
         assert list(result["history"]) == ["loss", "spearman", "flip_rate"]
         assert list((tmp_path / "run" / "tensorboard" / name).glob("events.out.tfevents.*"))
+    assert {row["layer"] for row in results["train"]["packs"]} == {row["name"] for row in results["train"]["layers"]}
+    assert "packs" not in results["dense"]
     assert "Spearman" in ended.out
     assert "%" not in ended.out
     assert "tensorboard --logdir run/tensorboard" in ended.out
@@ -103,26 +108,64 @@ def test_processes_train_an_encoder_whose_pooler_gets_no_gradient(pairs: Tnm, tm
     assert json.loads((tmp_path / "run" / "train" / "result.json").read_text())["spearman"] > 0
 
 
-def test_what_cannot_be_done_with_pairs_is_said_before_any_work(pairs: Tnm, tmp_path: Path) -> None:
-    for command in (["run"], ["export"]):
-        ended = pairs(*command, "--config", "pairs.toml")
-        assert ended.code == 2, ended.err
-        assert "pairs.tsv holds sentence pairs, and only classifiers can be exported and verified so far" in ended.err
-    assert not (tmp_path / "run" / "dense").exists()
+def test_pairs_go_all_the_way(pairs: Tnm, tmp_path: Path) -> None:
+    """Two inputs of one varying length, two outputs, scored by Spearman; plans with a profile for each use."""
+    profiles = "[{ batch = [1, 1, 1], sequence = [1, 8, 16] }, { batch = [1, 8, 64] }]"
+    chosen = ("run.routes=['train']", "verify.max_drop=100", "verify.latency_rounds=10", f"trt.profiles={profiles}")
+    precisions = "export.precisions=['fp32', 'fp16', 'bf16']"
+    ended = pairs("run", "--config", "pairs.toml", *(part for key in (*chosen, precisions) for part in ("--set", key)))
+    assert ended.code == 0, ended.err
+    results = {
+        name: json.loads((tmp_path / "run" / name / "result.json").read_text()) for name in ("best", "export", "verify")
+    }
+    assert results["verify"]["metric"] == "spearman"
+    assert results["verify"]["scores"]["torch"] == pytest.approx(results["best"]["spearman"], abs=1e-6)
+    assert results["verify"]["scores"]["onnx fp32"] == pytest.approx(results["best"]["spearman"], abs=1e-6)
+    assert results["verify"]["parity"].keys() == {"fp32", "fp16", "bf16"}
+    low, usual, high = results["export"]["ranges"]["sequence"]
+    assert (low, high) == (
+        15,
+        23,
+    )  # all these sentences are padded to 15 tokens, which is not taken for their only length
+    plan = read_manifest(tmp_path / "run" / "build" / "model.fp16.plan")
+    assert [spec.name for spec in plan.inputs] == ["input_ids", "token_type_ids", "attention_mask"]
+    assert [dict(profile) for profile in plan.profiles] == [
+        {"batch": (1, 1, 1), "sequence": (1, 8, 16)},
+        {"batch": (1, 8, 64), "sequence": (1, usual, high)},
+    ]
+    page = Page(tmp_path / "run" / "report.html").words
+    assert "ONNX bf16" in page
 
 
-def test_what_cannot_be_done_with_a_users_own_pairs_is_said_too(tnm: Tnm, tmp_path: Path) -> None:
+def test_a_users_own_pairs_go_all_the_way_too(tnm: Tnm, tmp_path: Path) -> None:
     write_encoder(tmp_path / "bert")
     write_pairs(tmp_path / "pairs.tsv")
     (tmp_path / "own_pairs.py").write_text(
         "from tnm_pipeline.training.sources import load_data\n"
         "def pairs(): return load_data('pairs.tsv', {'tokenizer': 'bert', 'test_fraction': 0.2})\n"
     )
-    given = ["--set", "run.routes=['train']", "--set", "train.epochs=1", "--set", "train.lr=0.001"]
+    keys = ["run.routes=['train']", "train.epochs=1", "train.lr=0.001", "trt.enabled=false", "verify.max_drop=100"]
+    given = [part for key in (*keys, "verify.latency_rounds=10") for part in ("--set", key)]
     ended = tnm("run", "--model", "hf:bert", "--data", "own_pairs:pairs", "--folder", "run", *given)
-    assert ended.code == 3, ended.err
-    assert "the data are scored by spearman, and only classifiers can be exported" in ended.err
-    assert "Traceback" not in ended.err
+    assert ended.code == 0, ended.err
+    assert "Spearman" in ended.out
+
+
+def test_an_encoder_is_exported_without_labels(pairs: Tnm, tmp_path: Path) -> None:
+    """Sentences alone: parity is measured on them, no score is claimed, and no plan is built unless asked for."""
+    (tmp_path / "sentences.txt").write_text("a dog\nthe red dog ran\na cat and a dog\nthe cat\n" * 4, encoding="utf-8")
+    made = pairs("train", "--config", "pairs.toml")
+    assert made.code == 0, made.err
+    weights = load_file(tmp_path / "run/train/model.safetensors")
+    foreign = {name: tensor for name, tensor in weights.items() if not name.startswith("mask/")}
+    save_file(foreign, tmp_path / "foreign.safetensors")
+    given = ("--calibration", "sentences.txt", "--model", "hf:bert", "--folder", "exported", "--json")
+    ended = pairs("export", "foreign.safetensors", *given)
+    assert ended.code == 0, ended.err
+    verified = ended.json()["stages"]["verify"]["result"]
+    assert verified["scores"] == {}
+    assert verified["samples"] == 16
+    assert verified["parity"]["fp32"]["max_abs"] <= 1e-5
 
 
 def test_changed_pairs_of_the_test_file_are_scored_again(pairs: Tnm, tmp_path: Path) -> None:
@@ -149,7 +192,7 @@ def test_class_folders_go_all_the_way(tnm: Tnm, tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     verified = json.loads((tmp_path / "run" / "verify" / "result.json").read_text())
     assert verified["samples"] == 16
-    assert verified["accuracy"]["torch"] == verified["accuracy"]["onnx fp32"]
+    assert verified["scores"]["torch"] == verified["scores"]["onnx fp32"]
     converted = json.loads((tmp_path / "run" / "convert" / "result.json").read_text())
     assert converted["plan"]["examples"] == 40  # the training images alone
     assert "accuracy" in ended.out

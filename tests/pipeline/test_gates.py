@@ -6,16 +6,16 @@ import pytest
 
 from tnm_pipeline.engines.errors import EnvironmentLacks
 from tnm_pipeline.export.errors import AccuracyGateFailed
-from tnm_pipeline.pipeline.config import VerifySection
 from tnm_pipeline.pipeline.errors import LatencyGateFailed
 from tnm_pipeline.pipeline.gates import refusal
+from tnm_pipeline.pipeline.sections import VerifySection
 
 TIMED = {"tensorrt": {"rows": [{"name": "dense", "ratio": 1.0}, {"name": "sparse", "ratio": 0.8}]}}
 
 
 def verified(sparse: float = 0.9, dense: float | None = 0.92, latency: dict[str, Any] | None = None) -> dict[str, Any]:
-    accuracy = {"onnx fp32": sparse} | ({} if dense is None else {"dense": dense})
-    return {"accuracy": accuracy, "latency": latency or {}}
+    scores = {"onnx fp32": sparse} | ({} if dense is None else {"dense": dense})
+    return {"scores": scores, "latency": latency or {}}
 
 
 @pytest.mark.parametrize(

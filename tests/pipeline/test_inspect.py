@@ -1,12 +1,16 @@
 """What `inspect` and `verify` say of a file that is not what they hoped for."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from onnx import numpy_helper
+from onnx.helper import make_node
 
+from tests.export.graphs import tensor, write
 from tnm_pipeline.engines import ArtifactRejected
 from tnm_pipeline.pipeline.inspect import Facts, Row, inspect_file, verify_file
 from tnm_pipeline.training.checkpoint import CheckpointError
@@ -45,6 +49,42 @@ def test_arrays_are_no_checkpoint(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=np.zeros(3))
     with pytest.raises(CheckpointError, match="was not opened"):
         inspect_file(tmp_path / "data.npz", None)
+
+
+def test_anybodys_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows in the order of the graph, totals, and what could not be counted; no manifest is needed."""
+    sparse = np.tile(np.array([1, 0, 0, 1], np.float32), (8, 2)).T.copy()  # (K, O): 2:4 along K
+    weights = [
+        numpy_helper.from_array(array, name) for array, name in ((np.ones((8, 8), np.float32), "z"), (sparse, "a"))
+    ]
+    nodes = [
+        make_node("MatMul", ["x", "z"], ["h"], "first"),
+        make_node("MatMul", ["h", "a"], ["i"], "second"),
+        make_node("Mul", ["a", "z"], ["made"], "scaling"),
+        make_node("MatMul", ["i", "made"], ["y"], "third"),
+    ]
+    path = write(tmp_path / "m.onnx", nodes, [tensor("x", "n", 8)], [tensor("y", "n", 8)], weights=weights)
+    facts = inspect_file(path, None)
+    assert [(row.layer, row.op, row.node, row.note) for row in facts.rows] == [
+        ("z", "MatMul", "first", "breaks 2:4 in 16 groups"),
+        ("a", "MatMul", "second", "eligible"),
+    ]
+    assert facts.totals == {
+        "layers": 2,
+        "weights": 128,
+        "eligible": 1,
+        "eligible_weights": 64,
+        "violations": 16,
+        "violations_transposed": 16 + 8,  # four inputs are used by all eight outputs: two groups each
+        "unread": 1,
+    }
+    told = json.loads(json.dumps(facts.to_dict()))
+    assert told["totals"] == facts.totals
+    assert told["unread"][0]["node"] == "third"
+    facts.show()
+    said = capsys.readouterr().out
+    assert "eligible for 2:4: 1 layers with 50.0% of the weights" in said
+    assert "not counted: third (MatMul): it comes out of Mul node 'scaling'" in said
 
 
 def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

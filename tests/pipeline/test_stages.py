@@ -38,6 +38,8 @@ LEARNING = {"dense", "train", "prune", "convert", "convert-unstructured"}
         ("trt.batch=[1, 8, 32]", {"build"}),
         ("train.recipe=static", {"train"}),
         ("train.epochs=3", {"dense", "train"}),
+        ("train.precision=bf16", {"dense", "train"}),
+        ("train.backend=auto", {"train"}),
         ("convert.method=adaprune", {"convert", "convert-unstructured"}),
         ("convert.keep_first=false", {"convert", "convert-unstructured"}),
         ("calibration.source=x.npz", {"convert", "convert-unstructured"}),
@@ -74,6 +76,17 @@ def test_the_content_of_a_users_model_is_a_setting(tmp_path: Path, monkeypatch: 
     before = stages("model.source=mine:model")["dense"].settings
     source.write_text("def model(): ... # wider")
     assert stages("model.source=mine:model")["dense"].settings != before
+
+
+def test_a_folder_of_the_name_of_something_built_in_is_no_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = stages("calibration.source=digits")
+    for name in ("digits", "digits-cnn"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    assert stages("calibration.source=digits") == before
 
 
 def test_everything_comes_after_what_it_reads() -> None:

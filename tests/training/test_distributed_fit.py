@@ -1,16 +1,21 @@
-"""fit() on two processes: what one process learns, and again after a stop or a kill."""
+"""fit() on two processes: what one process learns, and again after a stop or a kill, dropout included."""
 
+import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from tests.training import fit_ranks
 from tests.training.test_distributed import assert_equal, launch
-from tnm_pipeline.training.processes import WorldSizeError, any_says, each_says, first_says, make_accelerator
+from tnm_pipeline.training.loop import FitConfig, fit
+from tnm_pipeline.training.processes import BatchSizeError, any_says, each_says, first_says, make_accelerator
+from tnm_pipeline.training.sources import Splits, digits, digits_mlp
 
 
 def outcomes(what: str, processes: int, folder: Path) -> list[dict[str, Any]]:
@@ -20,8 +25,13 @@ def outcomes(what: str, processes: int, folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return outcomes("whole", 2, tmp_path_factory.mktemp("together"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("together")
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path) -> list[dict[str, Any]]:
+    return outcomes("whole", 2, folder)
 
 
 def assert_same(mine: dict[str, Any], other: dict[str, Any]) -> None:
@@ -53,7 +63,24 @@ def test_two_processes_learn_what_one_learns_with_the_same_global_batch(together
 def test_one_process_that_asks_stops_all_and_all_go_on_bit_for_bit(together: list[dict[str, Any]]) -> None:
     for rank in together:
         assert rank["stop"] == "stopped after step 7 of 12; the same command goes on from there"
-        assert_same(rank["resumed"], rank["straight"])
+        assert_same(rank["resumed"], rank["drawing"])
+        assert rank["resumed"]["drawn"] == rank["drawing"]["drawn"]
+
+
+@pytest.mark.slow
+def test_every_process_draws_numbers_of_its_own(together: list[dict[str, Any]]) -> None:
+    drawing = [rank["drawing"] for rank in together]
+    assert_same(drawing[0], drawing[1])
+    assert drawing[0]["drawn"] != drawing[1]["drawn"]
+    assert drawing[0]["history"].loss != together[0]["straight"]["history"].loss
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_the_state_of_two(folder: Path, together: list[dict[str, Any]]) -> None:
+    alone = fit_ranks.train(folder / "stopped", dropout=fit_ranks.DROPOUT)
+    (steps, before), (_, other) = alone["history"].loss[1], together[0]["drawing"]["history"].loss[1]
+    assert (steps, before) == (8, other)  # of the state file, which is that of step 10
+    assert [step for step, _ in alone["history"].score] == [4, 8, 12]
 
 
 @pytest.mark.slow
@@ -63,7 +90,8 @@ def test_processes_go_on_bit_for_bit_after_a_kill(tmp_path: Path, together: list
     assert f"exitcode: {-signal.SIGKILL}" in died.stderr
     assert (tmp_path / "killed").exists()
     for rank, outcome in enumerate(outcomes("killed", 2, tmp_path)):
-        assert_same(outcome, together[rank]["straight"])
+        assert_same(outcome, together[rank]["drawing"])
+        assert outcome["drawn"] == together[rank]["drawing"]["drawn"]
 
 
 @pytest.mark.slow
@@ -71,9 +99,9 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(tmp_pat
     done = launch(3, fit_ranks.__file__, "whole", tmp_path)
     assert done.returncode == 1
     expected = (
-        "a batch of 32 samples cannot be shared out evenly among 3 processes: make batch_size a multiple, such as 30"
+        "a batch of 32 samples cannot be cut into 3 equal parts (processes x accumulate = 3 x 1): make batch_size"
     )
-    assert f"WorldSizeError: {expected}" in done.stderr
+    assert f"BatchSizeError: {expected} a multiple of 3, such as 30" in done.stderr
 
 
 def test_one_process_says_what_it_says() -> None:
@@ -82,4 +110,26 @@ def test_one_process_says_what_it_says() -> None:
     assert each_says("x") == ["x"]
     assert any_says(True, torch.device("cpu"))
     assert not any_says(False, torch.device("cpu"))
-    assert issubclass(WorldSizeError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "advice"),
+    [
+        (32, 3, "a multiple of 3, such as 30, or accumulate one of [1, 2, 4, 8, 16, 32]"),
+        (6, 4, "a multiple of 4, such as 4, or accumulate one of [1, 2, 3, 6]"),  # chunk() would make 3 parts
+        (2, 4, "a multiple of 4, such as 4, or accumulate one of [1, 2]"),
+    ],
+)
+def test_parts_of_different_sizes_or_of_no_sample_are_refused(batch_size: int, accumulate: int, advice: str) -> None:
+    with pytest.raises(BatchSizeError, match=re.escape(advice)):
+        make_accelerator(batch_size, accumulate)
+    make_accelerator(32, 4)
+
+
+def test_a_training_set_smaller_than_a_batch_is_the_batch() -> None:
+    data = digits()
+    few = Splits(TensorDataset(*data.train[:6]), data.test)
+    config = FitConfig(epochs=2, batch_size=8, accumulate=3)
+    assert [step for step, _ in fit(digits_mlp(), few, config).history.loss] == [1, 2]
+    with pytest.raises(BatchSizeError, match=r"a batch of 6 samples cannot be cut into 4 equal parts"):
+        fit(digits_mlp(), few, replace(config, accumulate=4))

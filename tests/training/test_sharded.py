@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tnm_pipeline.training.recipes import Recipe
 from tnm_pipeline.training.sharded import load_sharded, save_sharded
 from tnm_pipeline.training.sparsify import Sparsifier
 
+RECIPE = Recipe("mine", refresh_every=2, decay=5e-3)
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd": lambda model: SGD(model.parameters(), lr=0.1),
     "momentum": lambda model: SGD(model.parameters(), lr=0.1, momentum=0.9),
@@ -24,10 +26,12 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 }
 
 
-def prepare(optimizer: str, pattern: str = "2:4-T", seed: int = 0) -> tuple[nn.Sequential, Optimizer, Sparsifier]:
+def prepare(
+    optimizer: str, pattern: str = "2:4-T", seed: int = 0, recipe: Recipe = RECIPE
+) -> tuple[nn.Sequential, Optimizer, Sparsifier]:
     model = ranks.net(seed)
     stepper = OPTIMIZERS[optimizer](model)
-    return model, stepper, Sparsifier(model, stepper, pattern, Recipe("mine", refresh_every=2, decay=5e-3))
+    return model, stepper, Sparsifier(model, stepper, pattern, recipe, total_steps=9)
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +128,15 @@ def test_what_is_no_checkpoint_or_another_ones_is_refused(tmp_path: Path) -> Non
     ranks.train(model, optimizer, 0, 1)
     save_sharded(tmp_path, model, optimizer, sparsifier, {})
     with pytest.raises(
-        CheckpointError, match=r"saved while training 2:4-T with recipe mine, .* made for 2:4 with mine"
+        CheckpointError, match=r"saved while training with pattern 2:4-T, .* was made for pattern 2:4: "
     ):
         load_sharded(tmp_path, *prepare("adamw", "2:4"))
+    changed = replace(RECIPE, decay=1e-3, ramp=(0.1, 0.5))
+    with pytest.raises(
+        CheckpointError, match=r"with decay 0\.005, ramp None, .* for decay 0\.001, ramp \[0\.1, 0\.5\]: "
+    ):
+        load_sharded(tmp_path, *prepare("adamw", recipe=changed))
+    load_sharded(tmp_path, *prepare("adamw", recipe=replace(RECIPE, summary="reworded")))
     other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     stepper = AdamW(other.parameters())
     with pytest.raises(CheckpointError, match="is of another model or optimizer: "):

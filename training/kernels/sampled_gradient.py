@@ -75,11 +75,17 @@ def _threshold(magnitudes: list[Tensor], n: int) -> Tensor:
     return threshold
 
 
-class _SampledLinear(torch.autograd.Function):
+Steps = dict[str, Any]  # of a convolution: stride and dilation, (vertical, horizontal)
+
+
+class _Sampled(torch.autograd.Function):
+    """A convolution, or without steps a linear product."""
+
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, steps: Steps | None) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        return F.linear(inputs, weight, bias)
+        ctx.steps = steps
+        return F.linear(inputs, weight, bias) if steps is None else F.conv2d(inputs, weight, bias, **steps)
 
     @staticmethod
     @once_differentiable
@@ -87,50 +93,32 @@ class _SampledLinear(torch.autograd.Function):
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        for_inputs, for_weight, for_bias = ctx.needs_input_grad
-        rows = gradients[0].reshape(-1, len(weight))  # (T, O)
+        for_inputs, for_weight, for_bias, _ = ctx.needs_input_grad
+        gradient = gradients[0]
+        # Of one image after the other, rows first: the product's order.
+        positions = gradient if ctx.steps is None else gradient.movedim(1, -1)  # (..., O)
+        rows = positions.reshape(-1, len(weight))  # (T, O)
         return (
-            gradients[0] @ weight if for_inputs else None,
-            sampled(rows).T @ inputs.reshape(len(rows), -1) if for_weight else None,
+            _input_gradient(gradient, inputs, weight, ctx.steps) if for_inputs else None,
+            _weight_gradient(sampled(rows).view_as(positions), inputs, weight, ctx.steps) if for_weight else None,
             rows.sum(0) if for_bias else None,
-        )
-
-
-class _SampledConv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, int],
-        dilation: tuple[int, int],
-    ) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
-        ctx.stride, ctx.dilation = stride, dilation
-        return F.conv2d(inputs, weight, bias, stride, 0, dilation)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # once_differentiable makes ctx positional
-        ctx: Any, *gradients: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        inputs, weight = ctx.saved_tensors
-        for_inputs, for_weight, for_bias = ctx.needs_input_grad[:3]
-        gradient, steps = gradients[0], {"stride": ctx.stride, "dilation": ctx.dilation}
-        return (
-            conv2d_input(inputs.shape, weight, gradient, **steps) if for_inputs else None,
-            conv2d_weight(inputs, weight.shape, _sampled_maps(gradient), **steps) if for_weight else None,
-            gradient.sum((0, 2, 3)) if for_bias else None,
-            None,
             None,
         )
 
 
-def _sampled_maps(gradient: Tensor) -> Tensor:
-    """(B, O, H, W), grouped along the positions of one image after the other, rows first: the product's order."""
-    positions = gradient.movedim(1, -1)  # (B, H, W, O)
-    return sampled(positions.flatten(0, 2)).view_as(positions).movedim(-1, 1)
+def _input_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, steps: Steps | None) -> Tensor:
+    if steps is None:
+        return gradient @ weight
+    found: Tensor = conv2d_input(inputs.shape, weight, gradient, **steps)
+    return found
+
+
+def _weight_gradient(positions: Tensor, inputs: Tensor, weight: Tensor, steps: Steps | None) -> Tensor:
+    """From an output gradient (..., O)."""
+    if steps is None:
+        return positions.reshape(-1, positions.shape[-1]).T @ inputs.reshape(-1, inputs.shape[-1])
+    found: Tensor = conv2d_weight(inputs, weight.shape, positions.movedim(-1, 1), **steps)
+    return found
 
 
 def sampled_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,7 +132,8 @@ def sampled_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     Returns:
         (..., O).
     """
-    output: Tensor = _SampledLinear.apply(*_as_autocast(inputs, weight, bias))  # type: ignore[no-untyped-call]  # torch's
+    tensors = _as_autocast(inputs, weight, bias)
+    output: Tensor = _Sampled.apply(*tensors, None)  # type: ignore[no-untyped-call]  # torch's
     return output
 
 
@@ -163,8 +152,8 @@ def sampled_conv2d(
     Returns:
         (B, O, H', W').
     """
-    tensors = _as_autocast(inputs, weight, bias)
-    output: Tensor = _SampledConv2d.apply(*tensors, stride, dilation)  # type: ignore[no-untyped-call]  # as above
+    tensors, steps = _as_autocast(inputs, weight, bias), {"stride": stride, "dilation": dilation}
+    output: Tensor = _Sampled.apply(*tensors, steps)  # type: ignore[no-untyped-call]  # as above
     return output
 
 

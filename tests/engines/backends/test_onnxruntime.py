@@ -26,7 +26,7 @@ def seal(path: Path, like: Manifest, **changes: Any) -> None:
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_without_a_gpu_the_cpu_answers(model: Path, device: str) -> None:
-    backend = OnnxRuntimeBackend(*read_verified(model), device=device, driver=NO_GPU)
+    backend = OnnxRuntimeBackend(*read_verified(model), folder=model.parent, device=device, driver=NO_GPU)
     assert backend.device == "cpu"
     assert backend.run({"input": np.zeros((0, 8), np.float32)})["output"].shape == (0, 16)
     backend.close()
@@ -34,14 +34,14 @@ def test_without_a_gpu_the_cpu_answers(model: Path, device: str) -> None:
 
 def test_demanding_cuda_without_a_driver_says_why(model: Path) -> None:
     with pytest.raises(EnvironmentLacks, match="needs a GPU: no NVIDIA driver is installed"):
-        OnnxRuntimeBackend(*read_verified(model), device="cuda", driver=NO_GPU)
+        OnnxRuntimeBackend(*read_verified(model), folder=model.parent, device="cuda", driver=NO_GPU)
 
 
 @without_gpu
 def test_demanding_cuda_never_ends_on_the_cpu(model: Path) -> None:
     """The probe is told of a GPU; ONNX Runtime then really fails to start its provider, or has none."""
     with pytest.raises(EnvironmentLacks, match="or pass device="):
-        OnnxRuntimeBackend(*read_verified(model), device="cuda", driver=ONE_GPU)
+        OnnxRuntimeBackend(*read_verified(model), folder=model.parent, device="cuda", driver=ONE_GPU)
 
 
 @without_gpu
@@ -50,7 +50,7 @@ def test_demanding_cuda_never_ends_on_the_cpu(model: Path) -> None:
 )
 def test_a_provider_that_does_not_start_is_announced_and_the_cpu_answers(model: Path) -> None:
     with pytest.warns(RuntimeWarning, match=r"model\.fp32\.onnx runs on the CPU"):
-        backend = OnnxRuntimeBackend(*read_verified(model), device="auto", driver=ONE_GPU)
+        backend = OnnxRuntimeBackend(*read_verified(model), folder=model.parent, device="auto", driver=ONE_GPU)
     assert backend.device == "cpu"
     assert backend.run({"input": np.zeros((2, 8), np.float32)})["output"].shape == (2, 16)
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tnm_pipeline.engines import EnvironmentLacks, TensorSpec, load, verify_artifact
-from tnm_pipeline.engines.backends.tensorrt import check_gpu
+from tnm_pipeline.engines import EnvironmentLacks, FeedError, TensorSpec, load, verify_artifact
+from tnm_pipeline.engines.backends.tensorrt import check_gpu, covering_profile
 from tnm_pipeline.engines.driver import Driver, Gpu, probe
 
 Run = Callable[..., str]
@@ -67,6 +67,10 @@ class Engine:
 class Context:
     def __init__(self, logger):
         self.logger, self.addresses = logger, {}
+
+    def set_optimization_profile_async(self, index, stream):
+        print("profile", index)
+        return stream != 0 and index != 2
 
     def set_input_shape(self, name, shape):
         self.shape = shape
@@ -238,6 +242,56 @@ print(held())
         strict=True,
     ):
         assert line.startswith(start)
+
+
+def test_the_profile_changes_with_the_sizes(
+    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: Path
+) -> None:
+    """And only then: a change costs time. Profile 0 is what a context starts with, and profile 2 fails."""
+    code = f"""{START}
+with load(sys.argv[1]) as session:
+    for rows in (1, 1, 3, 1, 8):
+        try:
+            assert (session.run({{"input": np.ones((rows, 8), np.float32)}})["output"] == 2).all()
+        except EnvironmentLacks as error:
+            print(error)
+        print("rows", rows)
+"""
+    profiles = tuple({"batch": sizes} for sizes in ((1, 1, 1), (1, 2, 4), (8, 8, 8)))
+    lines = run_on_host_driver(code, doubler(profiles=profiles), PYTHONPATH=str(stand_in)).splitlines()
+    assert lines == [
+        *("rows 1", "rows 1"),
+        *("profile 1", "rows 3"),
+        *("profile 0", "rows 1"),
+        *("profile 2", "TensorRT does not change to profile 2: it gives no reason", "rows 8"),
+    ]
+
+
+IDS = TensorSpec("ids", "int64", ("batch", "sequence"))
+SCALE = TensorSpec("scale", "float32", (3,))
+PROFILES = [
+    {"batch": (1, 1, 1), "sequence": (1, 64, 128)},
+    {"batch": (1, 8, 64), "sequence": (1, 16, 32)},
+]
+
+
+@pytest.mark.parametrize(("batch", "sequence", "profile"), [(1, 1, 0), (1, 128, 0), (2, 1, 1), (64, 32, 1), (1, 32, 0)])
+def test_the_first_profile_that_covers_the_sizes(batch: int, sequence: int, profile: int) -> None:
+    feeds = {"scale": np.zeros(3), "ids": np.zeros((batch, sequence))}
+    assert covering_profile(PROFILES, (SCALE, IDS), feeds) == profile
+
+
+def test_sizes_that_only_the_profiles_together_span() -> None:
+    complaint = (
+        r"no profile of the plan holds batch = 2, sequence = 64 \(profile 0: batch 1 to 1, sequence 1 to 128; "
+        r"profile 1: batch 1 to 64, sequence 1 to 32\): split or pad"
+    )
+    with pytest.raises(FeedError, match=complaint):
+        covering_profile(PROFILES, (IDS,), {"ids": np.zeros((2, 64))})
+
+
+def test_a_plan_of_fixed_sizes_has_no_profile_to_choose() -> None:
+    assert covering_profile((), (SCALE,), {"scale": np.zeros(3)}) == 0
 
 
 @pytest.mark.parametrize(

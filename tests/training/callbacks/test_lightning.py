@@ -1,5 +1,6 @@
 """The callback in a real Trainer of Lightning."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ class Classifier(LightningModule):
         inputs, labels = batch
         self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
         return nn.functional.cross_entropy(self.head(self.body(inputs)), labels)
+
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Nothing: only the loading of a checkpoint is looked at."""
 
     def configure_optimizers(self) -> Any:
         if self.optimizers_wanted > 1:
@@ -119,6 +123,51 @@ def test_a_resumed_fit_ends_with_the_same_bits(tmp_path: Path, pattern: str, rec
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert all(torch.equal(mask, again.masks[name]) for name, mask in whole.masks.items())
     assert resumed.rates == straight.rates[12:]
+
+
+class Counting(Classifier):
+    """Starts an iterator of the data, which draws a number, before the training begins."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == STEPS
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("kind", [Classifier, Counting])
+@pytest.mark.parametrize("step", [12, 18], ids=["end of an epoch", "middle of an epoch"])
+def test_a_resumed_fit_draws_the_same_numbers(tmp_path: Path, step: int, kind: type[Classifier]) -> None:
+    """Of the sampled gradient and of dropout. All batches are equal: Lightning itself starts an epoch's data anew."""
+    inputs, labels = next(iter(loader()))
+    equal = DataLoader(TensorDataset(inputs.repeat(12, 1), labels.repeat(12)), 8)
+    recipe = replace(RECIPE, sampled_gradient=True)
+
+    def module() -> Classifier:
+        made = kind()
+        made.body.append(nn.Dropout(0.2))
+        return made
+
+    straight, resumed = module(), module()
+    torch.manual_seed(5)
+    every = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1, filename="at-{step}")
+    trainer(tmp_path, SparsifierCallback("2:4-T", recipe), every).fit(straight, equal)
+    torch.manual_seed(6)  # another process would have other generators
+    again = trainer(tmp_path / "again", SparsifierCallback("2:4-T", recipe))
+    again.fit(resumed, equal, ckpt_path=tmp_path / f"at-step={step}.ckpt")
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_a_checkpoint_that_is_only_tested_leaves_no_trace(tmp_path: Path) -> None:
+    trainer(tmp_path, SparsifierCallback("2:4-T", RECIPE)).fit(Classifier(), loader())
+    callback, module, drawn = SparsifierCallback("2:4-T", RECIPE), Classifier(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        trainer(tmp_path, callback).test(module, loader(), ckpt_path=tmp_path / "step=12.ckpt")
+        drawn.append(float(torch.rand(())))
+    assert drawn[0] != drawn[1]
+    trainer(tmp_path, callback).fit(module, loader())
+    assert callback.sparsifier is not None
+    assert callback.sparsifier.step == STEPS
 
 
 def test_checkpoints_have_the_names_of_the_plain_module(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tnm_pipeline.training.pattern import Pattern
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -39,7 +39,13 @@ else:
     checkpoint = Checkpoint(model.state_dict(), done.masks, {"errors": [layer.error for layer in done.layers]})
     save_checkpoint(folder / f"{rank}.safetensors", checkpoint)
 if dist.is_initialized():
-    dist.destroy_process_group()
+    # gloo may abort a process whose work is done when its peer closes its end first. So none closes: each waits for the
+    # others by files, which gloo has no part in, and leaves without tearing anything down.
+    done = [folder / f"{os.getppid()}.{peer}.done" for peer in range(dist.get_world_size())]
+    done[rank].touch()
+    while not all(path.exists() for path in done):
+        time.sleep(0.01)
+    os._exit(0)
 """
 
 

@@ -17,7 +17,7 @@ def capabilities_in_header(plan: bytes) -> set[str] | None:
     """Compute capabilities that a plan states (`{"8.0", "8.9"}`).
 
     Args:
-        plan: The plan's bytes.
+        plan: The plan's bytes; the first 36 are enough.
 
     Returns:
         The capabilities; None where the layout, or a bit in it, is not one that this module knows.

@@ -1,0 +1,1 @@
+"""One TensorRT build in a process of its own; `tnm_pipeline.export.tensorrt` is the entry."""

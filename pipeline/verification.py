@@ -1,0 +1,110 @@
+"""The stage that proves what is deployed: the zeros recounted, outputs compared, scored, loaded, timed."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnm_pipeline.engines import EnvironmentLacks, load
+from tnm_pipeline.engines.artifact import read_manifest
+from tnm_pipeline.export.latency import claim
+from tnm_pipeline.export.reasons import finding
+from tnm_pipeline.export.signature import call, named_outputs
+from tnm_pipeline.export.verify import Tally, check, compare
+from tnm_pipeline.pipeline.calls import Answerer, Recorder, asked, open_graph, real_tokens, resized, sample_calls
+from tnm_pipeline.pipeline.config import Config
+from tnm_pipeline.pipeline.deliver import recount
+from tnm_pipeline.pipeline.learn import data_of, model_from
+from tnm_pipeline.pipeline.stages import Context
+from tnm_pipeline.pipeline.turns import SESSIONS, time_in_turns
+
+
+def verify(context: Context) -> dict[str, Any]:
+    """Recount the zeros, compare ONNX with torch, score both, load the plan, time the twins."""
+    config = context.config
+    model, checkpoint = model_from(config, context.inputs["sparse"])
+    graphs: dict[str, Path] = {precision: context.inputs[precision] for precision in config.export.precisions}
+    for path in graphs.values():
+        recount(path, checkpoint)
+    found = _compare(config, model, graphs, context.inputs.get("dense onnx"))
+    inputs = sample_calls(config, model)[-1]
+    plan = _load_plan(config, context.inputs["engine"], model, inputs) if "engine" in context.inputs else None
+    return {**found, "plan": plan, "latency": _latency(context, inputs)}
+
+
+@torch.no_grad()
+def _compare(config: Config, model: nn.Module, graphs: Mapping[str, Path], dense: Path | None) -> dict[str, Any]:
+    """Ask torch and every file the same; how far they are apart, and how each scores where there are labels."""
+    predictions: dict[str, list[Tensor]] = {}
+    tallies = {precision: Tally() for precision in graphs}
+    with ExitStack() as stack:
+        recorder = Recorder(model)
+        answerers = {
+            precision: Answerer(model, stack.enter_context(open_graph(path, precision)))
+            for precision, path in graphs.items()
+        }
+        asking: dict[str, nn.Module] = {"torch": recorder}
+        asking |= {f"onnx {precision}": answerer for precision, answerer in answerers.items()}
+        if dense is not None:
+            asking["dense"] = Answerer(model, stack.enter_context(open_graph(dense, "fp32")))
+        samples = 0
+        for ask in asked(config):
+            for name, one in asking.items():
+                answer = ask(one)
+                if answer is not None:
+                    predictions.setdefault(name, []).append(answer)
+            reference = {name: tensor.numpy() for name, tensor in recorder.outputs.items()}
+            for precision, answerer in answerers.items():
+                tallies[precision].add(reference, answerer.outputs, real_tokens(recorder.inputs))
+            samples += len(next(iter(recorder.inputs.values())))
+    parities = {precision: tally.parity() for precision, tally in tallies.items()}
+    for precision, parity in parities.items():
+        check(parity, precision, graphs[precision].name)
+    found: dict[str, Any] = {"parity": {precision: asdict(parity) for precision, parity in parities.items()}}
+    return found | {"samples": samples, "scores": {}} | (_scores(config, predictions) if config.labelled else {})
+
+
+def _scores(config: Config, predictions: Mapping[str, list[Tensor]]) -> dict[str, Any]:
+    data = data_of(config)
+    targets = data.test.tensors[-1]
+    scores = {name: data.task.score(torch.cat(parts), targets) for name, parts in predictions.items()}
+    return {"metric": data.task.metric, "scores": scores, "samples": len(targets)}
+
+
+def _load_plan(config: Config, path: Path, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Load the plan as production would: by TensorRT where a GPU is, by its ONNX file where none is."""
+    feeds = resized(inputs, config.trt.batch[1])
+    tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+    reference = {name: tensor.numpy() for name, tensor in named_outputs(call(model, tensors)).items()}
+    with load(path, fallback="onnxruntime") as session:
+        parity = compare(reference, session.run(feeds))
+        check(parity, session.manifest.precision, path.name)
+        return {"backend": session.backend, "fallback_reason": session.fallback_reason, "parity": asdict(parity)}
+
+
+def _latency(context: Context, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Time the sparse model against its dense twin, interleaved, on every runtime that works here."""
+    settings = context.config.verify
+    feeds = resized(inputs, settings.latency_batch)
+    tables: dict[str, Any] = {}
+    for runtime, (sparse, dense) in {
+        "onnxruntime": ("fp32", "dense onnx"),
+        "tensorrt": ("plan", "dense plan"),
+    }.items():
+        if sparse not in context.inputs or dense not in context.inputs:
+            continue
+        twins = {"sparse": partial(load, context.inputs[sparse]), "dense": partial(load, context.inputs[dense])}
+        rounds, batch = settings.latency_rounds, settings.latency_batch
+        try:
+            table = time_in_turns(twins, feeds, baseline="dense", rounds=rounds, samples=batch)
+        except EnvironmentLacks as error:
+            tables[runtime] = {"not_measured": finding("not-measured", why=str(error)).message}
+        else:
+            setting = {"backend": read_manifest(context.inputs[sparse]).backend, "batch": batch, "sessions": SESSIONS}
+            tables[runtime] = table.to_dict() | setting | {"claim": asdict(claim(table, "sparse"))}
+    return tables
