@@ -10,18 +10,19 @@ nodes by themselves, so every node after the culprit looks as guilty. Its `debug
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from tnm_pipeline.export.artifacts import NAME_SCOPES
 from tnm_pipeline.export.errors import AccuracyGateFailed, ExportRejected
-from tnm_pipeline.export.graph import open_onnx, subgraphs
+from tnm_pipeline.export.graph import nodes_of, open_onnx, subgraphs
+from tnm_pipeline.export.half_choice import choose
+from tnm_pipeline.export.node_errors import HALF, LARGEST, largest_of, relative_error, rounded
 from tnm_pipeline.export.node_runs import NodeRuns
 from tnm_pipeline.export.precision import emulated
 from tnm_pipeline.export.verify import LIMITS, Parity, check, compare
@@ -30,10 +31,6 @@ Array = NDArray[Any]
 
 _AT_ONCE = 128  # nodes whose values are in memory together
 _WORST = 5
-_LARGEST = 65504.0  # of fp16
-_HIDDEN = -6e4  # what a mask is in fp16: its lowest number, plus a score
-_MASKED = -1e6  # "hidden from the softmax", see half_values
-_HALF = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 _SCOPE = re.compile(r"'([^'\\]*)'")  # of the list of strings that torch writes with repr
 
 
@@ -71,8 +68,10 @@ class Departure:
         passes: Whether the parity is within the limits: then nothing departs.
         first: The first node that adds more than the limit; None if nothing departs, or no single node does so.
         worst: The nodes that add the most, the worst one first.
-        keep: Names of the nodes that must stay in fp32: those that add more than the limit, and where an input may not
-            be half, those that give it: one that overflows, or if none does all of them.
+        keep: Names of the nodes that must stay in fp32: those that are fp32 in the candidate already, though they could
+            be half; those that add more than the limit, and where an input may not be half, those that give it: one
+            that overflows, or if none does all of them; the worst ones where none adds that much. Empty if nothing
+            departs, or nothing is left to keep.
         compared: How many nodes were run by themselves.
         skipped: How many were not, because they hold graphs themselves.
     """
@@ -108,7 +107,7 @@ def find_departure(reference: Path, candidate: Path, feeds: Mapping[str, Array])
     if (found := _precision(types)) != "fp32":
         raise ExportRejected(f"{reference.name} is in {found} itself: give the fp32 file first, then the other")
     exact = NodeRuns(ir.to_proto(original), reference.parent, reference.name)
-    _, types = _typed(candidate)
+    retyped, types = _typed(candidate)
     precision = _precision(types)
     if untyped := [key for key, each in types.items() if each.untyped]:
         raise ExportRejected(
@@ -126,14 +125,16 @@ def find_departure(reference: Path, candidate: Path, feeds: Mapping[str, Array])
     for start in range(0, len(usable), _AT_ONCE):
         errors.extend(_Chunk(exact, half, types, usable[start : start + _AT_ONCE], feeds).errors())
     departing = [] if passes else [error for error in errors if error.own > limit]
+    worst = sorted(errors, key=lambda error: -error.own)[:_WORST]
+    chosen = _to_keep(exact, errors, departing or [error for error in worst if error.own], limit)
     return Departure(
         precision=precision,
         limit=limit,
         parity=parity,
         passes=passes,
         first=departing[0] if departing else None,
-        worst=tuple(sorted(errors, key=lambda error: -error.own)[:_WORST]),
-        keep=tuple(_to_keep(exact, errors, departing, limit)),
+        worst=tuple(worst),
+        keep=() if passes or precision == "fp32" else tuple(_with_kept(original, retyped, precision, chosen)),
         compared=len(usable),
         skipped=len(alike) - len(usable),
     )
@@ -162,7 +163,7 @@ class _Types:
 
     @property
     def has_half(self) -> bool:
-        return any(dtype in _HALF for dtype in self.all)
+        return any(dtype in HALF for dtype in self.all)
 
 
 def _typed(path: Path) -> tuple[ir.Model, dict[str, _Types]]:
@@ -171,7 +172,7 @@ def _typed(path: Path) -> tuple[ir.Model, dict[str, _Types]]:
 
 
 def _precision(types: Mapping[str, _Types]) -> str:
-    return next((name for half, name in _HALF.items() if any(half in each.all for each in types.values())), "fp32")
+    return next((name for half, name in HALF.items() if any(half in each.all for each in types.values())), "fp32")
 
 
 class _Chunk:
@@ -201,74 +202,33 @@ class _Chunk:
                 (value, dtype) for value, dtype in zip(node.output, self._types[key].outputs, strict=True) if value
             ]
             expected = [self._values[value] for value, _ in names]
-            own = [_round(array, dtype) for array, (_, dtype) in zip(self._own[key], names, strict=True)]
+            own = [rounded(array, dtype) for array, (_, dtype) in zip(self._own[key], names, strict=True)]
             accumulated = [self._accumulated[value] for value in self._half.nodes[key].output if value]
             yield NodeError(
                 node=key,
                 op=node.op_type,
                 layer=_layer(node),
-                own=_error(expected, own),
-                of_inputs=_error(expected, self._of_inputs[key]),
-                accumulated=_error(expected, accumulated),
-                largest=max((_absmax(array) for array in expected), default=0.0),
+                own=relative_error(expected, own),
+                of_inputs=relative_error(expected, self._of_inputs[key]),
+                accumulated=relative_error(expected, accumulated),
+                largest=max((largest_of(array) for array in expected), default=0.0),
             )
 
     def _rounded_for_half(self, key: str) -> list[Array | None]:
         """The fp32 inputs in the types that the half graph gives them."""
         there = self._exact.nodes[key].input
         return [
-            None if value is None else _round(self._values[there[position]], self._types[key].inputs[position])
+            None if value is None else rounded(self._values[there[position]], self._types[key].inputs[position])
             for position, value in enumerate(self._half.varying(key))
         ]
 
     def _rounded_for_exact(self, key: str) -> list[Array | None]:
         """The fp32 inputs, still fp32, but rounded where the half graph has them in half."""
-        rounded: list[Array | None] = []
+        arrays: list[Array | None] = []
         for value, dtype in itertools.zip_longest(self._exact.varying(key), self._types[key].inputs):
             array = None if value is None else self._values[value]
-            rounded.append(None if array is None else _round(array, dtype))
-        return rounded
-
-
-def _round(array: Array, dtype: ir.DataType | None) -> Array:
-    """To a half type, if it is one, and back."""
-    if dtype is None or dtype not in _HALF or array.dtype.kind != "f":
-        return array
-    if dtype == ir.DataType.FLOAT16:
-        array = np.where(_hides(array), -_LARGEST, array)
-    with np.errstate(over="ignore"):
-        return array.astype(dtype.numpy()).astype(np.float32)
-
-
-def _error(expected: Sequence[Array], actual: Sequence[Array]) -> float:
-    """The largest difference over the largest absolute value, of the output where that is worst."""
-    worst = 0.0
-    for wanted, given in zip(expected, actual, strict=True):
-        if wanted.dtype.kind != "f" or not wanted.size:
-            continue
-        with np.errstate(invalid="ignore", over="ignore"):
-            difference = np.abs(wanted.astype(np.float64) - given.astype(np.float64))
-        same = (wanted == given) | (np.isnan(wanted) & np.isnan(given)) | (_hides(wanted) & (given < _HIDDEN))
-        difference[same] = 0.0
-        far, absmax = float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max()), _absmax(wanted)
-        if far:
-            worst = max(worst, far / absmax if absmax else np.inf)
-    return worst
-
-
-def _absmax(array: Array) -> float:
-    if array.dtype.kind != "f":
-        return 0.0
-    counted = np.abs(array[np.isfinite(array) & ~_hides(array)])
-    return float(counted.max()) if counted.size else 0.0
-
-
-def _hides(array: Array) -> NDArray[np.bool_]:
-    """Where one number far below all others hides something from a softmax: half types need not hold it."""
-    low = np.isfinite(array) & (array < _MASKED)
-    numbers = array[low].astype(np.float64)
-    one = bool(numbers.size) and float(numbers.max() - numbers.min()) <= 0.01 * float(-numbers.min())
-    return low if one else np.zeros_like(low)
+            arrays.append(None if array is None else rounded(array, dtype))
+        return arrays
 
 
 def _layer(node: Any) -> str:
@@ -278,12 +238,25 @@ def _layer(node: Any) -> str:
     return scopes[-1] if scopes else ""
 
 
-def _to_keep(exact: NodeRuns, errors: Sequence[NodeError], departing: Sequence[NodeError], limit: float) -> list[str]:
-    """In graph order; nodes without a name cannot be kept."""
+def _to_keep(exact: NodeRuns, errors: Sequence[NodeError], guilty: Sequence[NodeError], limit: float) -> set[str]:
+    """Keys of the guilty nodes, and of those that give them what may not be half."""
     largest = {error.node: error.largest for error in errors}
-    chosen = {error.node for error in departing}
-    for error in departing:
+    chosen = {error.node for error in guilty}
+    for error in guilty:
         if error.of_inputs > limit:
             givers = {exact.producers.get(value, "") for value in exact.varying(error.node) if value} & set(largest)
-            chosen |= {key for key in givers if largest[key] > _LARGEST} or givers
-    return [key for key, node in exact.nodes.items() if key in chosen and node.name]
+            chosen |= {key for key in givers if largest[key] > LARGEST} or givers
+    return chosen
+
+
+def _with_kept(original: ir.Model, retyped: ir.Model, precision: str, chosen: Collection[str]) -> list[str]:
+    """The chosen nodes and those kept before, in graph order; nodes without a name cannot be kept.
+
+    A node that is fp32 in the candidate was not run, so it would be missing in a list that replaces the one before.
+    """
+    choice = choose(retyped, next(half for half, name in HALF.items() if name == precision), ())
+    could = {node for node, _ in choice.inputs} | {value.producer() for value in choice.outputs}
+    kept = {node.name for node in could - set(choice.exact) if node is not None and not _Types(node).has_half}
+    named = [node.name for node in nodes_of(original) if node.name]
+    wanted = kept.union(chosen)
+    return [name for name in named if name in wanted] if wanted.intersection(named) - kept else []

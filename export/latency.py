@@ -88,11 +88,12 @@ class LatencyTable:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a measurement lets one say of a sparse network against its dense twin.
+    """What a measurement lets one say of a sparse network against its dense twin, or of any against another.
 
     Attributes:
-        key: `"faster"`, or one of the reasons: `"no-difference"`, `"dense-faster"`, and where nothing can be claimed
-            `"spread-too-wide"`, `"gpu-throttled"` or `"gpu-shared"`.
+        key: `"faster"`, or one of the reasons: `"no-difference"`, `"dense-faster"` (`"slower"` where not both are known
+            to be what these words say), and where nothing can be claimed `"spread-too-wide"`, `"gpu-throttled"` or
+            `"gpu-shared"`.
         sentence: What to tell a person, with the figures.
         remedy: What to do; empty where nothing need be done.
     """
@@ -116,23 +117,28 @@ def claim(table: LatencyTable, name: str) -> Claim:
     which was slowed or shared.
 
     Args:
-        table: A measurement whose baseline is the dense twin.
-        name: The sparse network's row.
+        table: A measurement whose baseline is the dense twin, called `dense`, or another network.
+        name: The other row: `sparse`, if that is what it is. Other names stand in the sentence as they are.
     """
     row, control = table.row(name), table.row(table.control)
     if table.disturbance is not None:
         return _because(table.disturbance)
     low, high = row.ratio_low / control.reach, row.ratio_high * control.reach
+    twins = (name, table.baseline) == ("sparse", "dense")
     figures = {"ratio": row.ratio, "low": low, "high": high}
+    takes = f"{name} takes {row.ratio:.3f} of the time of {table.baseline}"
     if high < 1:
-        gain = f"{1 / row.ratio:.2f} times as fast as dense ({1 / high:.2f} to {1 / low:.2f})"
-        return Claim("faster", f"the sparse engine is {gain}", "")
+        one = "the sparse engine" if twins else name
+        gain = f"{1 / row.ratio:.2f} times as fast as {table.baseline} ({1 / high:.2f} to {1 / low:.2f})"
+        return Claim("faster", f"{one} is {gain}", "")
     if low > 1:
-        return _because(finding("dense-faster", **figures))
+        slower = Claim("slower", f"{takes} ({low:.3f} to {high:.3f})", "")
+        return _because(finding("dense-faster", **figures)) if twins else slower
     if high - low <= _WIDEST * row.ratio:
-        return _because(finding("no-difference", **figures))
-    again = f"dense against itself {control.ratio_low:.2f} to {control.ratio_high:.2f}"
-    why = f"the interval of sparse over dense is {row.ratio_low:.2f} to {row.ratio_high:.2f}, and {again}"
+        same = Claim("no-difference", f"{takes}, and the interval {low:.3f} to {high:.3f} holds 1", "")
+        return _because(finding("no-difference", **figures)) if twins else same
+    again = f"{table.baseline} against itself {control.ratio_low:.2f} to {control.ratio_high:.2f}"
+    why = f"the interval of {name} over {table.baseline} is {row.ratio_low:.2f} to {row.ratio_high:.2f}, and {again}"
     return _because(finding("spread-too-wide", why=why))
 
 

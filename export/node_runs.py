@@ -1,6 +1,8 @@
 """Run an ONNX graph on the CPU node by node: any of its values, and any of its nodes on inputs of one's choice."""
 
-import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from tnm_pipeline.export.artifacts import EXTERNAL_ABOVE
+from tnm_pipeline.export.cpu_session import open_session, unload, weight_bytes
 from tnm_pipeline.export.errors import ExportRejected
 
 Array = NDArray[Any]
@@ -23,6 +27,8 @@ class NodeRuns:
         model: Without local functions.
         folder: Where its external weights lie.
         name: What a message calls it.
+        external_above: Bytes of weights from which on those inside `model` move, in place, to a temporary folder that
+            is there as long as this object: protobuf ends at 2 GiB. Then it has no others.
 
     Attributes:
         nodes: Key -> node, in the order of the graph; those inside If, Loop and Scan are not among them. The key is
@@ -30,7 +36,13 @@ class NodeRuns:
         producers: Value -> key of the node that gives it.
     """
 
-    def __init__(self, model: onnx.ModelProto, folder: Path, name: str) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, folder: Path, name: str, *, external_above: int = EXTERNAL_ABOVE
+    ) -> None:
+        if weight_bytes(model) > external_above:
+            folder = Path(tempfile.mkdtemp())
+            weakref.finalize(self, shutil.rmtree, folder)
+            unload(model, folder)
         self._model = model
         self._folder = folder
         self._name = name
@@ -106,12 +118,8 @@ class NodeRuns:
         options.log_severity_level = _SEVERITY_FATAL
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         external = any(tensor.data_location == TensorProto.EXTERNAL for tensor in self._weights.values())
-        folder = str(self._folder) if external else os.devnull
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
-            session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            session = open_session(model, self._folder if external else None, options)
             answers: Sequence[Any] = session.run(list(outputs), dict(feeds))
         except Exception as error:  # ONNX Runtime's classes have no base but this
             raise ExportRejected(

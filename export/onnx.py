@@ -24,6 +24,7 @@ from tnm_pipeline.export.signature import (
     named,
     named_outputs,
     signature_of,
+    spelled_out,
     to_trace,
 )
 from tnm_pipeline.training.convert.batch import Batch
@@ -57,8 +58,9 @@ def export_onnx(
         The inputs with the dimensions that vary.
 
     Raises:
-        ExportRejected: A weight is not finite or not on the CPU; torch cannot trace the module, or a dimension that
-            varies in the samples does not in the module; or the file fails the gate of `publish_onnx`.
+        ExportRejected: A weight is not finite or not on the CPU; a weight or an output is in half precision; torch
+            cannot trace the module, or a dimension that varies in the samples does not in the module; or the file
+            fails the gate of `publish_onnx`.
         OSError: The folder is missing, read-only or full.
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
@@ -66,9 +68,10 @@ def export_onnx(
     batches = [named(model, batch) for batch in ([samples] if isinstance(samples, Tensor) else samples)]
     signature = signature_of(batches)
     traced = to_trace(batches, signature)
-    with _eval_mode(model), _quiet():
-        outputs = list(named_outputs(_run(model, traced)))
-        program = _trace(model, traced, signature, outputs, opset)
+    with _eval_mode(model), _quiet(), spelled_out(model, traced):
+        outputs = named_outputs(_run(model, traced))
+        _check_not_half("output", outputs)
+        program = _trace(model, traced, signature, list(outputs), opset)
         _check_dimensions(program.model.graph, model, traced, signature)
     _restore_names(program.model.graph, state)
     _strip_metadata(program.model)
@@ -198,12 +201,23 @@ def _check_state(state: Mapping[str, Tensor]) -> None:
     elsewhere = sorted({str(tensor.device) for tensor in state.values() if tensor.device.type != "cpu"})
     if elsewhere:
         raise ExportRejected(f"weights are on {', '.join(elsewhere)}; move them with model.cpu() first")
+    _check_not_half("tensor", state)
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise ExportRejected(
             f"{len(broken)} tensors hold NaN or infinity, first {', '.join(broken[:5])}; "
             "go back to the last checkpoint whose loss was finite"
         )
+
+
+def _check_not_half(kind: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what the file's precision, fp32, would be wrong for."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize < torch.float32.itemsize:
+            raise ExportRejected(
+                f"{kind} {name!r} is {tensor.dtype}, and a model is exported in float32: call model.float() first; "
+                "export.precisions makes the half files"
+            )
 
 
 def _restore_names(graph: ir.Graph, state: Mapping[str, Tensor]) -> None:

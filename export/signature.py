@@ -2,7 +2,8 @@
 
 import inspect
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,9 @@ from tnm_pipeline.export.errors import ExportRejected
 from tnm_pipeline.training.convert.batch import Batch
 
 BATCH = "batch"
+_SINGLE = "input"  # the name of an input that its caller did not name
 
+_BY_NAME_ALONE = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
 _AXES = {(2, 1): "sequence", (3, 1): "sequence", (4, 2): "height", (4, 3): "width"}  # (rank, axis) -> customary name
 
 
@@ -38,10 +41,10 @@ def named(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         batch: In any of the three forms.
 
     Raises:
-        ExportRejected: No tensors, or more than forward() takes.
+        ExportRejected: No tensors, more than forward() takes, or a name that it does not have.
     """
     if isinstance(batch, Tensor):
-        return {"input": batch}
+        return {_SINGLE: batch}
     if not isinstance(batch, Mapping):
         parameters = list(inspect.signature(model.forward).parameters)
         if len(batch) > len(parameters):
@@ -53,6 +56,8 @@ def named(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     if not batch or not all(isinstance(tensor, Tensor) for tensor in batch.values()):
         kinds = {name: type(tensor).__name__ for name, tensor in batch.items()}
         raise ExportRejected(f"a sample is one tensor for each input, not {kinds or 'nothing'}")
+    if by_keyword(model, batch):
+        _check_names(model, batch)
     return dict(batch)
 
 
@@ -156,10 +161,47 @@ def _leaves(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def call(model: nn.Module, batch: Mapping[str, Tensor]) -> object:
-    """Run the model on one batch: by keyword where forward() has these names, in order otherwise."""
+    """Run the model on one batch that `named` made: by keyword, unless its only tensor has no name of its own."""
     return model(**batch) if by_keyword(model, batch) else model(*batch.values())
 
 
 def by_keyword(model: nn.Module, batch: Mapping[str, Tensor]) -> bool:
-    """Whether all names are parameters of forward()."""
-    return batch.keys() <= inspect.signature(model.forward).parameters.keys()
+    """Whether names are passed to forward(): all but a single `input` that it calls otherwise."""
+    parameters = inspect.signature(model.forward).parameters
+    if list(batch) != [_SINGLE] or _SINGLE in parameters:
+        return True
+    return all(parameter.kind in _BY_NAME_ALONE for parameter in parameters.values())
+
+
+@contextmanager
+def spelled_out(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a forward() that takes inputs by any name say which it gets: torch 2.13 cannot let their sizes vary."""
+    inner: Callable[..., object] = model.forward
+    if not by_keyword(model, batch) or batch.keys() <= inspect.signature(inner).parameters.keys():
+        yield
+        return
+
+    def forward(**tensors: Tensor) -> object:
+        return inner(**tensors)
+
+    names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in batch]
+    vars(forward)["__signature__"] = inspect.Signature(names)
+    attributes = vars(model)
+    before = {name: attributes[name] for name in ("forward",) if name in attributes}
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        del attributes["forward"]
+        attributes.update(before)
+
+
+def _check_names(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    if unknown := batch.keys() - parameters.keys():
+        raise ExportRejected(
+            f"{type(model).__name__}.forward() takes {', '.join(parameters) or 'nothing'}, and the sample has "
+            f"{', '.join(sorted(unknown))}: give its tensors the names that forward() has"
+        )

@@ -5,6 +5,8 @@ Versions are only ever added; Triton serves the newest and ignores folders that 
 nor its client is needed to write one.
 """
 
+import contextlib
+import errno
 import itertools
 import re
 import shutil
@@ -63,7 +65,8 @@ def write_repository(
     """Add an artifact to a repository as the next version of a model.
 
     The first version also writes `config.pbtxt`. Later ones must go with it: it is shared by all of them. An artifact
-    that is the newest version already is not added twice. What fails leaves the repository as it was.
+    that is the newest version already is not added twice. What fails leaves the repository as it was. Several processes
+    may add at once: each gets a version of its own.
 
     Args:
         folder: The repository; made if it does not exist.
@@ -88,10 +91,7 @@ def write_repository(
             repository has another `config.pbtxt` for this name.
         OSError: The repository is read-only or full.
     """
-    if not _NAME.fullmatch(name):
-        raise RepositoryError(
-            f"{name!r} cannot be a model's name: take up to 128 letters, digits, '_', '-' and '.', no '.' first"
-        )
+    check_name(name)
     manifest = verify_artifact(artifact)
     if manifest.backend not in _FILES:
         source = "" if manifest.source_onnx is None else f", {artifact.parent / manifest.source_onnx}"
@@ -104,6 +104,18 @@ def write_repository(
         raise RepositoryError(f"instances is {instances}: a model needs 1 or more")
     config = to_text(_config(name, manifest, batching, instances, sizes or {}))
     return _add_version(folder / name, artifact, manifest, config)
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot be a model's name, before anything is built for it.
+
+    Raises:
+        RepositoryError: The name is not one for a folder and a URL.
+    """
+    if not _NAME.fullmatch(name):
+        raise RepositoryError(
+            f"{name!r} cannot be a model's name: take up to 128 letters, digits, '_', '-' and '.', no '.' first"
+        )
 
 
 def _batching(manifest: Manifest, max_batch: int | None, preferred: Sequence[int], delay_us: int) -> Batching:
@@ -200,13 +212,12 @@ def _add_version(model: Path, artifact: Path, manifest: Manifest, config: str) -
     file = _FILES[manifest.backend]
     # On a server there is no source file to fall back to; the path to it would lead nowhere.
     manifest = replace(manifest, artifact=file, source_onnx=None, source_sha256=None)
-    _check_config(model / "config.pbtxt", config)
-    versions = [int(path.name) for path in model.iterdir() if _VERSION.fullmatch(path.name)] if model.is_dir() else []
-    newest = model / str(max(versions, default=0))
-    if versions and _holds(newest / file, manifest):
-        return newest
-    version = model / str(max(versions, default=0) + 1)
-    new = not model.exists()
+    shared = model / "config.pbtxt"
+    _check_config(shared, config)
+    number = _newest(model)
+    if number and _holds(model / str(number) / file, manifest):
+        return model / str(number)
+    ours = not shared.exists()
     model.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".version-", dir=model) as made:
@@ -217,14 +228,37 @@ def _add_version(model: Path, artifact: Path, manifest: Manifest, config: str) -
                 shutil.copyfile(artifact.with_name(external.name), draft / external.name)
             write_manifest(draft / file, manifest)
             verify_artifact(draft / file)
+            _check_config(shared, config)  # again: another process may have written it since
             # Before the version, so that a server that looks now does not serve it by settings of its own.
-            write_atomically(model / "config.pbtxt", config.encode())
-            draft.rename(version)
+            write_atomically(shared, config.encode())
+            return _move(draft, model)
     except BaseException:
-        if new:
-            shutil.rmtree(model)
+        _clear(model, shared if ours else None)
         raise
-    return version
+
+
+def _newest(model: Path) -> int:
+    """The number of the newest version; 0 if there is none."""
+    names = [path.name for path in model.iterdir()] if model.is_dir() else []
+    return max((int(name) for name in names if _VERSION.fullmatch(name)), default=0)
+
+
+def _move(draft: Path, model: Path) -> Path:
+    """Give a draft the next number, or the one after it where another process took that in the meantime."""
+    while True:
+        try:
+            return draft.rename(model / str(_newest(model) + 1))
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def _clear(model: Path, config: Path | None) -> None:
+    """Remove the configuration that was just written and the model's folder, unless there is anything else in it."""
+    with contextlib.suppress(OSError):  # not empty: it was there before, or another process works in it
+        if config is not None and [path.name for path in model.iterdir()] == [config.name]:
+            config.unlink()
+        model.rmdir()
 
 
 def _check_config(path: Path, config: str) -> None:

@@ -2,27 +2,23 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, Manifest, TensorSpec, load
-from tnm_pipeline.engines.artifact import manifest_path, read_manifest, sha256_of
-from tnm_pipeline.export.errors import ExportRejected
+from tnm_pipeline.engines import TensorSpec
 from tnm_pipeline.export.latency import Claim, LatencyRow, LatencyTable, claim
-from tnm_pipeline.export.reasons import finding
-from tnm_pipeline.export.verdicts.comparison import compare_twins, launch_finding
+from tnm_pipeline.export.verdicts.comparison import launch_finding
 from tnm_pipeline.pipeline.errors import ConfigError
-from tnm_pipeline.pipeline.foreign import ForeignSession, inputs_of, made_up, named_sizes
-from tnm_pipeline.pipeline.turns import Open, time_in_turns
-from tnm_pipeline.pipeline.twins import ENGINE
+from tnm_pipeline.pipeline.foreign import made_up, named_sizes
+from tnm_pipeline.pipeline.rivals import Rival, Runtime, caveats, check_rivals, names_of, twin_of
+from tnm_pipeline.pipeline.turns import sessions_for, time_in_turns
 
-Runtime = Literal["onnxruntime", "tensorrt"]
 BATCHES = "1,8,64"
 _FEWEST_ROUNDS = 10
+_DIGITS = 19  # of numbers that no index of an array holds
 
 
 @dataclass(frozen=True)
@@ -40,9 +36,10 @@ class Bench:
 
     Attributes:
         artifact: The file.
-        against: Its dense twin, None without one.
+        against: What it was compared with, its dense twin where one is known; None without one.
         backend: The runtime that answered.
         sizes: Of the dimensions that vary, the batch apart.
+        sessions: How many of each file took turns.
         points: By batch size.
         notes: What a reader of the figures must know, one sentence each.
     """
@@ -51,6 +48,7 @@ class Bench:
     against: Path | None
     backend: str
     sizes: dict[str, int]
+    sessions: int
     points: list[Point]
     notes: list[str]
 
@@ -65,6 +63,7 @@ class Bench:
             "against": None if self.against is None else str(self.against),
             "backend": self.backend,
             "sizes": self.sizes,
+            "sessions": self.sessions,
             "notes": self.notes,
             "environment": dict(self.points[0].table.environment),
             "rows": [{key: value for key, value in row.items() if key != "environment"} for row in rows],
@@ -97,11 +96,13 @@ def bench_file(
     sizes: Sequence[str] = (),
     runtime: Runtime | None = None,
 ) -> Bench:
-    """Time an artifact, and its dense twin in turns with it.
+    """Time an artifact, and its dense twin, or another file, in turns with it.
+
+    Rows are called `sparse` and `dense` where the files say so, else by the names of the files.
 
     Args:
         path: An ONNX file, ours or anybody's, or a plan with its manifest.
-        against: The dense twin; None takes the one that `export` wrote beside it.
+        against: What to compare it with; None takes the dense twin that `export` wrote beside it.
         batches: Batch sizes with commas between them.
         rounds: Timed rounds for each.
         sizes: `NAME=N` for each other dimension that varies.
@@ -109,35 +110,41 @@ def bench_file(
 
     Raises:
         ArtifactRejected: A file is missing, or not what its manifest says.
-        ConfigError: A size is missing, unknown or out of range.
+        ConfigError: A size is missing, unknown or out of range, or the two files run in different runtimes.
         EnvironmentLacks: A plan, and no GPU or runtime for it.
         ExportRejected: A file is not ONNX, does not run, or takes other inputs than its twin.
     """
     if rounds < _FEWEST_ROUNDS:
         raise ConfigError(f"--rounds {rounds} are too few for an interval; give {_FEWEST_ROUNDS} or more")
-    path, notes = _to_run(path, runtime)
-    if against is None and (against := twin_of(path)) is not None:
-        notes.append(f"dense is {against}, which lies beside it")
-    specs = _specs(path)
-    dims = _Dimensions(path, specs, batches, sizes)
-    artifacts = {"sparse": _opener(path)}
+    ours, notes = Rival(path, runtime), []
+    if ours.path != path:
+        notes.append(f"instead of {path}, the ONNX file that it was built from")
+    if against is None and (against := twin_of(ours.path)) is not None:
+        notes.append(f"compared with {against}, which lies beside it")
+    dims = _Dimensions(ours.path, ours.inputs, batches, sizes)
     if against is None:
-        artifacts = {"artifact": _opener(path)}
+        name = baseline = "artifact"
+        rivals = {name: ours}
         notes.append("nothing to compare it with: give a dense twin by --against")
     else:
-        if (other := _specs(against)) != specs:
-            raise ExportRejected(f"{path} takes {_show(specs)}, and {against} {_show(other)}: give twins of one model")
-        artifacts["dense"] = _opener(against)
-        notes += _caveats(path, against)
-    baseline = "artifact" if against is None else "dense"
+        theirs = Rival(against, runtime)
+        check_rivals(ours, theirs)
+        name, baseline = names_of(ours, theirs)
+        rivals = {name: ours, baseline: theirs}
+        notes += caveats(ours, theirs)
+    sessions = sessions_for(rival.path for rival in rivals.values())
+    if sessions == 1:
+        notes.append("one session of each, as the files are large: chance moves their times more than usual")
+    openers = {name: rival.open for name, rival in rivals.items()}
     points = []
     for batch in dims.batches:
-        feeds = made_up(specs, dims.of(batch))
-        table = time_in_turns(artifacts, feeds, baseline=baseline, rounds=rounds, samples=batch)
-        points.append(Point(batch, table, None if against is None else claim(table, "sparse")))
-    if against is not None:
+        feeds, counts = made_up(ours.inputs, dims.of(batch)), {"samples": batch, "sessions": sessions}
+        table = time_in_turns(openers, feeds, baseline=baseline, rounds=rounds, **counts)
+        points.append(Point(batch, table, claim(table, name) if len(rivals) > 1 else None))
+    if name == "sparse":
         notes += _launch_bound(points)
-    return Bench(path, against, _backend(path), dims.sizes, points, [*dims.notes, *notes])
+    other = rivals[baseline].path if len(rivals) > 1 else None
+    return Bench(ours.path, other, ours.backend, dims.sizes, sessions, points, [*dims.notes, *notes])
 
 
 class _Dimensions:
@@ -182,79 +189,6 @@ class _Dimensions:
         return fitting
 
 
-def _to_run(path: Path, runtime: Runtime | None) -> tuple[Path, list[str]]:
-    """The file to time, which is another one if a plan is to run in ONNX Runtime."""
-    if not path.is_file():
-        raise ArtifactRejected(f"{path} is no file: give an .onnx file or a .plan")
-    manifest = _manifest(path)
-    if manifest is None or manifest.backend == "onnxruntime":
-        if runtime == "tensorrt":
-            raise ConfigError(f"{path} is no plan: build one with `tnm-pipeline export --trt`, and time that")
-        return path, []
-    if runtime != "onnxruntime":
-        return path, []
-    if manifest.source_onnx is None:
-        raise ArtifactRejected(f"the manifest of {path.name} names no ONNX file to time instead")
-    return path.parent / manifest.source_onnx, [f"instead of {path}, the ONNX file that it was built from"]
-
-
-def _manifest(path: Path) -> Manifest | None:
-    """What is stated of a file; a plan without a manifest is refused."""
-    if path.suffix == ".onnx" and not manifest_path(path).exists():
-        return None
-    return read_manifest(path)
-
-
-def twin_of(path: Path) -> Path | None:
-    """The dense twin that `export` writes beside an artifact; None where there is none."""
-    if path.name == ENGINE:
-        twin = next(iter(sorted(path.parent.glob("*.dense.plan"))), path.with_suffix(".dense.plan"))
-    elif path.suffix == ".plan":
-        twin = path.with_suffix(".dense.plan")
-    elif path.name.startswith("model."):
-        twin = path.with_name(f"dense.{path.name.removeprefix('model.')}")
-    else:
-        return None
-    return twin if twin.is_file() else None
-
-
-def _specs(path: Path) -> tuple[TensorSpec, ...]:
-    manifest = _manifest(path)
-    return inputs_of(path) if manifest is None else manifest.inputs
-
-
-def _backend(path: Path) -> str:
-    manifest = _manifest(path)
-    return "onnxruntime" if manifest is None else manifest.backend
-
-
-def _opener(path: Path) -> Open:
-    return partial(ForeignSession, path) if _manifest(path) is None else partial(_load, path)
-
-
-def _load(path: Path) -> Any:
-    try:
-        return load(path)
-    except EnvironmentLacks as error:
-        if _backend(path) != "onnxruntime":
-            error.add_note(
-                "what can be timed here is the ONNX file that it was built from, in ONNX Runtime, which has no product "
-                f"that skips zeros: `tnm-pipeline bench {path} --runtime onnxruntime`"
-            )
-        raise
-
-
-def _caveats(path: Path, against: Path) -> Iterator[str]:
-    if sha256_of(path) == sha256_of(against):
-        yield "the two files are the same byte for byte: whatever is measured, it is no effect of sparsity"
-    ours, theirs = _manifest(path), _manifest(against)
-    if ours is not None and theirs is not None and ours.backend != "onnxruntime":
-        if (unfair := compare_twins(ours, theirs)) is not None:
-            yield f"{unfair}"
-    elif ours is None or ours.backend == "onnxruntime":
-        yield f"{finding('wrong-runtime', runtime='ONNX Runtime')}"
-
-
 def _launch_bound(points: Sequence[Point]) -> Iterator[str]:
     """Whether arithmetic is not what takes the time, from the smallest batch on."""
     medians = {point.batch: point.table.row("dense").median_us for point in points}
@@ -265,13 +199,9 @@ def _launch_bound(points: Sequence[Point]) -> Iterator[str]:
 
 def _whole_numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not all(part.isdecimal() and len(part) < _DIGITS and int(part) > 0 for part in parts):
         raise ConfigError(f"--batches {text}: write whole numbers with commas between them, such as {BATCHES}")
     return list(dict.fromkeys(int(part) for part in parts))
-
-
-def _show(specs: Sequence[TensorSpec]) -> str:
-    return ", ".join(f"{spec.name} {spec.dtype} {'x'.join(map(str, spec.shape))}" for spec in specs)
 
 
 def _cells(row: LatencyRow, *, baseline: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """`bisect`: the first layer for which a half precision is too little, and the command that keeps it in fp32."""
 
 import json
+import shlex
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -55,7 +56,7 @@ class Bisection:
         if found.first is None:
             return (
                 f"{outputs}: too much for {found.precision}, and no node adds more than {found.limit:g} by itself: "
-                "small errors add up. Keep the worst nodes in fp32, or the whole model"
+                "small errors add up. Keep the worst nodes in fp32, again and again, or the whole model"
             )
         layer = f" of layer {found.first.layer}" if found.first.layer else ""
         return f"{outputs}: too much for {found.precision}. It starts at node {found.first.node!r}{layer}: " + _why(
@@ -63,9 +64,18 @@ class Bisection:
         )
 
     def command(self) -> str:
-        """The option that keeps in fp32 what must be; empty if nothing must."""
-        names = json.dumps(list(self.departure.keep))
-        return f"tnm-pipeline export --set export.keep_fp32='{names}'" if self.departure.keep else ""
+        """What keeps in fp32 what must be: a command where the run is known, else its option; empty if nothing must."""
+        if not self.departure.keep:
+            return ""
+        option = f"--set export.keep_fp32={shlex.quote(json.dumps(list(self.departure.keep)))}"
+        run = self._run()
+        return option if run is None else f"tnm-pipeline export --folder {shlex.quote(str(run))} {option}"
+
+    def _run(self) -> Path | None:
+        """The folder of the run that exported the candidate."""
+        given = self.candidate.parent
+        folder = given if given.name == "export" else given.absolute()
+        return folder.parent if folder.name == "export" and folder.with_name("config.toml").is_file() else None
 
     def show(self) -> None:
         """Print on stdout."""
@@ -79,7 +89,8 @@ class Bisection:
         console.print(table)
         console.print(self.sentence())
         if self.departure.keep:
-            console.print(f"{len(found.keep)} nodes need fp32; keep them there, and bisect again:")
+            where = "by" if self._run() else "by adding to the command that exported it"
+            console.print(f"{len(found.keep)} nodes need fp32; keep them there {where}, and bisect again:")
             console.print(f"  {self.command()}")
         if found.skipped:
             console.print(f"{found.skipped} nodes that hold graphs of their own were not looked into")

@@ -7,20 +7,21 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tnm_pipeline.engines import load
-from tnm_pipeline.export.precision import emulated
-from tnm_pipeline.export.signature import named, named_outputs
+from tnm_pipeline.engines import TensorSpec, load
+from tnm_pipeline.engines.manifest import Ranges
+from tnm_pipeline.export.cpu_session import open_emulated
+from tnm_pipeline.export.errors import ExportRejected
+from tnm_pipeline.export.signature import BATCH, call, named, named_outputs
 from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.conversion import calibration_batches
 from tnm_pipeline.pipeline.learn import data_of
 from tnm_pipeline.training.convert.batch import Batch, attended, forward
-from tnm_pipeline.training.tasks import Task
+from tnm_pipeline.training.tasks import Task, TaskError
 
 Arrays = dict[str, NDArray[Any]]
 Ask = Callable[[nn.Module], Tensor | None]
@@ -41,14 +42,18 @@ class EmulatedGraph:
     """A graph in a half precision on the CPU, see `tnm_pipeline.export.precision.emulated`."""
 
     def __init__(self, path: Path) -> None:
-        content = emulated(path).SerializeToString()
-        self._session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        self._session = open_emulated(path)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, feeds: Arrays) -> Arrays:
         """Outputs by name."""
         answers: Any = self._session.run(self._outputs, feeds)
         return dict(zip(self._outputs, answers, strict=True))
+
+
+def emulates(precision: str) -> bool:
+    """Whether `open_graph` emulates this precision."""
+    return precision != "fp32"
 
 
 @contextmanager
@@ -58,7 +63,7 @@ def open_graph(path: Path, precision: str) -> Iterator[Graph]:
     ONNX Runtime's CPU has no bf16, and computes fp16 graphs in float32 (seen with 1.31): what overflows or cancels in
     fp16 would pass there.
     """
-    if precision != "fp32":
+    if emulates(precision):
         yield EmulatedGraph(path)
         return
     with load(path, device="cpu") as session:
@@ -114,7 +119,7 @@ def sample_calls(config: Config, model: nn.Module) -> list[dict[str, Tensor]]:
     calls = [_inputs(model, ask) for ask in asks]
     mask = calls[0].get("attention_mask")
     if mask is not None and mask.dim() == 2 and len({call["attention_mask"].shape[1] for call in calls}) == 1:
-        calls.append({name: _longer(tensor, mask.shape) for name, tensor in calls[0].items()})
+        calls.insert(0, _of_another_length(model, calls[0], mask.shape))
     return calls
 
 
@@ -136,14 +141,28 @@ def real_tokens(inputs: Mapping[str, Tensor]) -> NDArray[np.bool_] | None:
     return None if mask is None else mask.numpy()
 
 
-def resized(inputs: Mapping[str, Tensor], batch: int) -> Arrays:
-    """A call with so many entries in the batch: those there are, over and over."""
-    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    entries = len(next(iter(arrays.values())))
-    return {
-        name: np.resize(array, (batch, *array.shape[1:])) if array.shape[:1] == (entries,) else array
-        for name, array in arrays.items()
-    }
+def resized(inputs: Mapping[str, Tensor], specs: Sequence[TensorSpec], batch: int, ranges: Ranges) -> Arrays:
+    """A call with so many entries in the batch, and other dimensions within what a plan takes.
+
+    Args:
+        inputs: A call's inputs by name.
+        specs: The artifact's.
+        batch: How many entries: those there are, over and over.
+        ranges: Of one profile of a plan; a dimension that it does not name keeps its size.
+    """
+    arrays: Arrays = {}
+    for spec in specs:
+        array = inputs[spec.name].numpy()
+        for axis, dim in enumerate(spec.shape):
+            size = array.shape[axis]
+            if dim == BATCH:
+                size = batch
+            elif isinstance(dim, str) and dim in ranges:
+                low, _, high = ranges[dim]
+                size = min(max(size, low), high)
+            array = np.take(array, np.arange(size) % array.shape[axis], axis)
+        arrays[spec.name] = array
+    return arrays
 
 
 def _examples(config: Config) -> Iterator[Ask]:
@@ -165,9 +184,19 @@ def _three(asks: Sequence[Ask]) -> list[Ask]:
     return [asks[index] for index in sorted({0, len(asks) // 2, len(asks) - 1})]
 
 
-def _longer(tensor: Tensor, tokens: torch.Size) -> Tensor:
-    """With more padding, which an encoder takes: its length shall not be fixed because all samples have one."""
-    return functional.pad(tensor, (0, _EXAMPLES)) if tensor.shape == tokens else tensor
+def _of_another_length(model: nn.Module, inputs: Mapping[str, Tensor], tokens: torch.Size) -> dict[str, Tensor]:
+    """With more padding, or, at the encoder's limit, fewer tokens: a length shall not be fixed because all have it."""
+    for change in (_EXAMPLES, -(tokens[1] // 2)):
+        other = {
+            name: functional.pad(tensor, (0, change)) if tensor.shape == tokens else tensor
+            for name, tensor in inputs.items()
+        }
+        try:
+            call(model, other)
+        except Exception:  # noqa: S112  # forward() is the user's own code, which may raise anything
+            continue
+        return other
+    return dict(inputs)
 
 
 def _passing(batch: Batch) -> Ask:
@@ -184,7 +213,16 @@ def _predicting(task: Task, batch: Sequence[Tensor]) -> Ask:
 @torch.no_grad()
 def _inputs(model: nn.Module, ask: Ask) -> dict[str, Tensor]:
     recorder = Recorder(model)
-    ask(recorder)
+    try:
+        ask(recorder)
+    except (TaskError, ExportRejected, MemoryError):
+        raise
+    except Exception as error:  # forward() is the user's own code, which may raise anything
+        shapes = {name: tuple(tensor.shape) for name, tensor in recorder.inputs.items()}
+        raise ExportRejected(
+            f"{type(model).__name__} does not take the data's inputs {shapes}: {type(error).__name__}: {error}. "
+            "Give data that it takes"
+        ) from error
     return {name: tensor[:_EXAMPLES] for name, tensor in recorder.inputs.items()}
 
 

@@ -133,11 +133,15 @@ def export(
     if checkpoint:
         chosen["export.checkpoint"] = str(checkpoint)
     resolved = _resolve(config, overrides, chosen, checkpoint, trust_source, needs_labels=False)
+    if triton:
+        from tnm_pipeline.pipeline.repository import check_model_name
+
+        check_model_name(resolved)  # before any work
     _run(resolved, {"verify"}, as_json)
     if triton:
         from tnm_pipeline.pipeline.repository import add_to_repository
 
-        sys.stderr.write(f"Triton model: {add_to_repository(resolved, triton)}\n")
+        sys.stderr.write(add_to_repository(resolved, triton) + "\n")
 
 
 @app.command()

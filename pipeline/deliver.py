@@ -1,8 +1,9 @@
 """The stages that make what is deployed: export, build."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,15 +17,15 @@ from tnm_pipeline.export.building.progress import BuildProgress
 from tnm_pipeline.export.errors import AccuracyGateFailed, ExportRejected
 from tnm_pipeline.export.onnx import export_onnx
 from tnm_pipeline.export.precision import OPSET_OF, Half, retype
-from tnm_pipeline.export.signature import call, named_outputs
+from tnm_pipeline.export.signature import BATCH, call, named_outputs
 from tnm_pipeline.export.sparsity import SparsityReport, inspect_onnx
 from tnm_pipeline.export.tensorrt import BuildOptions, BuildReport, build_plan
 from tnm_pipeline.export.verdict import verdict
 from tnm_pipeline.export.verdicts.sightings import PlanFacts
 from tnm_pipeline.export.verify import Tally, check
-from tnm_pipeline.pipeline.calls import open_graph, real_tokens, sample_calls
+from tnm_pipeline.pipeline.calls import emulates, open_graph, real_tokens, sample_calls
 from tnm_pipeline.pipeline.config import Config
-from tnm_pipeline.pipeline.errors import Stopped
+from tnm_pipeline.pipeline.errors import ConfigError, Stopped
 from tnm_pipeline.pipeline.learn import model_from
 from tnm_pipeline.pipeline.stages import Context
 from tnm_pipeline.pipeline.twins import deploy
@@ -87,7 +88,7 @@ def _gate(model: nn.Module, calls: list[dict[str, Tensor]], path: Path, precisio
         path.replace(rejected)
         manifest_path(path).unlink()
         raise AccuracyGateFailed(f"{error}. The file was kept as {rejected}") from None
-    return asdict(parity)
+    return asdict(parity) | {"emulated": emulates(precision)}
 
 
 def build(context: Context) -> dict[str, Any]:
@@ -96,6 +97,7 @@ def build(context: Context) -> dict[str, Any]:
     onnx_path = context.inputs["onnx"]
     summary = read_manifest(onnx_path).sparsity
     ranges = json.loads(context.inputs["export result"].read_text(encoding="utf-8"))["ranges"]
+    _check_profiles(trt.profiles, ranges)
     # Down to 1, whatever the samples' smallest is: that costs a plan nothing, and production sends short inputs.
     spans = {dim: (1, usual, largest) for dim, (_, usual, largest) in ranges.items()}
     profiles = [{"batch": trt.batch, **spans, **profile} for profile in trt.profiles or ({},)]
@@ -134,6 +136,16 @@ def build(context: Context) -> dict[str, Any]:
         "engine": deploy(context.config, plans),
         "verdict": verdicts,
     }
+
+
+def _check_profiles(profiles: Sequence[Mapping[str, object]], ranges: Ranges) -> None:
+    known = [BATCH, *ranges]
+    for name in (name for profile in profiles for name in profile if name not in known):
+        close = get_close_matches(name, known, n=1)
+        raise ConfigError(
+            f"trt.profiles names {name!r}, and the dimensions that vary are {', '.join(known)}"
+            + (f": did you mean {close[0]}?" if close else ": take it out, or give samples in which it varies")
+        )
 
 
 def _facts(path: Path, report: BuildReport) -> dict[str, Any]:

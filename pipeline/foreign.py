@@ -1,5 +1,7 @@
 """ONNX files that come without a manifest, and inputs made up for them."""
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +12,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from tnm_pipeline.engines import TensorSpec
+from tnm_pipeline.engines import ArtifactRejected, TensorSpec
 from tnm_pipeline.export.artifacts import read_onnx, tensor_specs
 from tnm_pipeline.export.errors import ExportRejected
 from tnm_pipeline.pipeline.errors import ConfigError
@@ -78,11 +80,14 @@ def inputs_of(path: Path) -> tuple[TensorSpec, ...]:
     """What a call must give: the graph's inputs, but for weights that old files list among them.
 
     Raises:
-        ExportRejected: It is not ONNX.
+        ExportRejected: It is not ONNX, or states what no input can be.
     """
     graph = read_onnx(path).graph
     weights = {tensor.name for tensor in graph.initializer}
-    return tensor_specs(value for value in graph.input if value.name not in weights)
+    try:
+        return tensor_specs(value for value in graph.input if value.name not in weights)
+    except (ArtifactRejected, ExportRejected) as error:
+        raise ExportRejected(f"{path}: {error}. Write it again with the tool it came from") from error
 
 
 def named_sizes(
@@ -117,15 +122,32 @@ def made_up(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, 
     Args:
         specs: The inputs.
         sizes: Of every dimension that has a name.
+
+    Raises:
+        ConfigError: They are too large for the memory, or for any.
     """
     rng = np.random.default_rng(0)
     arrays = {}
     for spec in specs:
         shape = [sizes[side] if isinstance(side, str) else side for side in spec.shape]
         fractional = np.issubdtype(np.dtype(spec.dtype), np.floating)
-        drawn = rng.standard_normal(shape) if fractional else rng.integers(0, 2, shape)
-        arrays[spec.name] = np.asarray(drawn, spec.dtype)
+        try:
+            _check_memory(8 * math.prod(shape))
+            drawn = rng.standard_normal(shape) if fractional else rng.integers(0, 2, shape)
+            arrays[spec.name] = np.asarray(drawn, spec.dtype)
+        except MemoryError as error:
+            raise ConfigError(
+                f"an array of {'x'.join(map(str, shape))} numbers cannot be made for {spec.name}: {error}. "
+                "Give smaller sizes or batches"
+            ) from error
     return arrays
+
+
+def _check_memory(needed: int) -> None:
+    """Refuse what the system would promise, and then end the process for."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise MemoryError(f"they take {needed / 2**30:,.0f} GiB, and the machine has {there / 2**30:,.0f}")
 
 
 def _named_size(text: str) -> tuple[str, int]:

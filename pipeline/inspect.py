@@ -1,6 +1,6 @@
 """`inspect` and `verify`: what a file holds, recounted from the file itself."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,11 +9,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, Manifest, Session, TensorSpec, load
+from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, FeedError, Manifest, Session, TensorSpec, load
 from tnm_pipeline.engines.artifact import manifest_path, read_manifest, verify_artifact
 from tnm_pipeline.export.counting import TENSORRT_PATTERN
 from tnm_pipeline.export.sparsity import LayerSparsity, SparsityReport, UnreadWeight, inspect_onnx
+from tnm_pipeline.pipeline.source import source_of
 from tnm_pipeline.training.pattern import Pattern
+
+_SIZES = (1, 8, 32, 64, 224)
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
 
     Raises:
         EnvironmentLacks: the plan cannot run here and no fallback was allowed.
+        FeedError: the network answers zeros in none of the sizes that were tried.
         ArtifactRejected: the artifact, its source or a manifest is not what it should be, or a promised pattern is
             broken.
     """
@@ -146,8 +150,15 @@ def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
         raise ArtifactRejected(f"{path} is a checkpoint: `tnm-pipeline inspect {path}` counts what it holds")
     manifest = verify_artifact(path)
     lines = [f"sha256 {manifest.sha256}: as in the manifest"]
-    source = path if manifest.source_onnx is None else path.parent / manifest.source_onnx
-    layers = inspect_onnx(source, _promised(source)).layers
+    source = path if manifest.backend == "onnxruntime" else source_of(path, manifest)
+    verify_artifact(source)
+    report = inspect_onnx(source, _promised(source))
+    layers = report.layers
+    if report.missing:
+        raise ArtifactRejected(
+            f"{source.name} lacks layers that its manifest promises: {', '.join(report.missing)}; export it again "
+            "from its checkpoint"
+        )
     for layer in layers:
         if not layer.holds:
             raise ArtifactRejected(
@@ -157,7 +168,8 @@ def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
     promised = sum(layer.pattern is not None for layer in layers)
     lines.append(f"0 violating groups in the {promised} layers of {source.name} that promise a pattern")
     with _load(path, fallback) as session:
-        outputs = session.run({spec.name: _zeros(spec) for spec in session.inputs})
+        usual = {dim: best for spec in manifest.inputs for dim, (_, best, _) in spec.ranges.items()}
+        outputs = _answer(session, usual)
         finite = all(bool(np.isfinite(output).all()) for output in outputs.values())
         lines.append(f"loaded and run by {session.backend}; the outputs are {'finite' if finite else 'NOT finite'}")
         if session.fallback_reason:
@@ -242,10 +254,35 @@ def _checkpoint_facts(path: Path, asked: Pattern | None) -> Facts:
     return Facts(f"{path}: checkpoint, {origin}", rows)
 
 
-def _zeros(spec: TensorSpec) -> np.ndarray[Any, Any]:
-    """One valid input: dynamic dimensions at the usual size of their range, or 1."""
-    shape = [side if isinstance(side, int) else spec.ranges.get(side, (1, 1, 1))[1] for side in spec.shape]
-    return np.zeros(shape, dtype=spec.dtype)
+def _answer(session: Session, usual: Mapping[str, int]) -> Mapping[str, np.ndarray[Any, Any]]:
+    """The outputs for zeros, in the usual sizes of a plan, or in the first of a few sizes that the network takes.
+
+    The first dimension of an input is a batch of 1 unless a plan says otherwise; many networks take no image of 1 x 1.
+    """
+    dims = {dim for spec in session.inputs for dim in spec.shape if isinstance(dim, str)}
+    first = {spec.shape[0] for spec in session.inputs if spec.shape}
+    if dims <= {*usual, *first}:
+        return session.run(_zeros(session.inputs, usual, 1))
+    failures: list[FeedError] = []
+    for size in _SIZES:
+        try:
+            return session.run(_zeros(session.inputs, usual, size))
+        except FeedError as error:
+            failures.append(error)
+    named, tried = ", ".join(sorted(dims - {*usual, *first})), ", ".join(map(str, _SIZES))
+    raise FeedError(
+        f"{failures[-1]}. {named} was each of {tried}: run it with "
+        "sizes that fit together, by `tnm-pipeline bench --size NAME=N`"
+    ) from failures[-1]
+
+
+def _zeros(specs: Sequence[TensorSpec], usual: Mapping[str, int], size: int) -> dict[str, np.ndarray[Any, Any]]:
+    """One input each, dimensions that are not usual being of one size, but for the first of an input, which is 1."""
+    sizes = {str(spec.shape[0]): 1 for spec in specs if spec.shape} | dict(usual)
+    return {
+        spec.name: np.zeros([dim if isinstance(dim, int) else sizes.get(dim, size) for dim in spec.shape], spec.dtype)
+        for spec in specs
+    }
 
 
 def _tensor(spec: TensorSpec) -> str:

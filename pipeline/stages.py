@@ -23,6 +23,7 @@ from tnm_pipeline.training.recipes import recipe_named
 CHECKPOINT = "model.safetensors"
 RESULT = "result.json"
 EVENTS = "tensorboard"  # folder of event files, beside those of the stages: they are no artifacts
+_EXPORTERS = ("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")  # what decides the bytes of a graph
 _GIVEN = {"checkpoint", "given", "reference"}  # labels of inputs that the user made, not an earlier stage
 
 
@@ -118,15 +119,18 @@ def stages_of(config: Config, folder: Path) -> dict[str, Stage]:
         )
     checkpoints = {"sparse": best / CHECKPOINT, **twin}
     asking = {**common, **_calibration(config, sections)} if not config.labelled else common
-    exporting = {**asking, "export": {key: value for key, value in sections["export"].items() if key != "checkpoint"}}
+    exporters = {name: package_version(name) for name in _EXPORTERS}
+    graphs = {key: value for key, value in sections["export"].items() if key != "checkpoint"}
+    exporting = {**asking, "packages": exporters, "export": graphs}
     exported = add("export", "export to ONNX", "deliver:export", exporting, checkpoints)
     files = {precision: exported / f"model.{precision}.onnx" for precision in config.export.precisions}
-    graphs = files | ({"dense onnx": exported / "dense.fp32.onnx"} if twin else {})
+    written = files | ({"dense onnx": exported / "dense.fp32.onnx"} if twin else {})
     machine = _machine()
     plans: dict[str, Path] = {}
     if config.trt.enabled:
         source = {"onnx": files[config.trt.precision], "export result": exported / RESULT}
-        building = {"trt": sections["trt"], "keep_fp32": config.export.keep_fp32, **machine}
+        rounds = {"latency_rounds": config.verify.latency_rounds} if machine["gpus"] else {}
+        building = {"trt": sections["trt"], "keep_fp32": config.export.keep_fp32, **rounds, **machine}
         built = add("build", "build TensorRT plans", "deliver:build", building, source)
         stem = f"model.{config.trt.precision}"
         plans = {
@@ -135,8 +139,8 @@ def stages_of(config: Config, folder: Path) -> dict[str, Stage]:
             "engine": built / "engine.plan",
         }
     measuring = {key: value for key, value in sections["verify"].items() if key.startswith("latency")}
-    settings = {**asking, **machine, "verify": measuring}
-    add("verify", "verify", "verification:verify", settings, {**checkpoints, **graphs, **plans})
+    settings = {**asking, **machine, "packages": exporters, "verify": measuring}
+    add("verify", "verify", "verification:verify", settings, {**checkpoints, **written, **plans})
     return stages
 
 

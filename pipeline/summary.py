@@ -84,7 +84,7 @@ def _layer_error(result: dict[str, Any]) -> str:
 def _show_verification(console: Console, result: dict[str, Any]) -> None:
     parity = result["parity"]
     halves = [
-        f", {precision} {parity[precision]['relative_to_absmax']:.1e} of the output's absolute maximum"
+        f", {precision} (emulated) {parity[precision]['relative_to_absmax']:.1e} of the output's absolute maximum"
         for precision in parity
         if precision != "fp32"
     ]
@@ -101,7 +101,8 @@ def _show_verification(console: Console, result: dict[str, Any]) -> None:
         )
     plan = result["plan"]
     if plan and plan["fallback_reason"]:
-        console.print(f"the plan was answered by {plan['backend']}: {plan['fallback_reason']}")
+        answered = f"answered by {plan['backend']}" if plan["backend"] else "not run"
+        console.print(f"the plan was {answered}: {plan['fallback_reason']}")
 
 
 def _built(plan: dict[str, Any]) -> str:
@@ -117,6 +118,8 @@ def _next(config: Config, done: dict[str, Done]) -> list[str]:
     if "build" in done:
         name = done["build"].result["engine"]["file"]
         here = done["verify"].result["plan"] if "verify" in done else None
+        if here and here["backend"] is None:
+            return ["inspect", str(folder / "build" / name)]
         option = ["--fallback", "onnxruntime"] if here and here["fallback_reason"] else []
         return ["verify", str(folder / "build" / name), *option]
     if "export" in done:

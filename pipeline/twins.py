@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tnm_pipeline.engines import load
+from tnm_pipeline.engines import EnvironmentLacks, load
 from tnm_pipeline.engines.artifact import read_manifest, write_manifest
 from tnm_pipeline.engines.driver import probe
 from tnm_pipeline.export.latency import LatencyTable, claim
 from tnm_pipeline.export.reasons import finding
 from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.foreign import made_up
-from tnm_pipeline.pipeline.turns import time_in_turns
+from tnm_pipeline.pipeline.turns import sessions_for, time_in_turns
 
 ENGINE = "engine.plan"
 
@@ -42,8 +42,15 @@ def _choose(config: Config, plans: Mapping[str, Path]) -> tuple[str, dict[str, s
         return wanted, {"key": "asked-for", "why": f"trt.keep = {wanted}"}, None
     driver = probe()
     if driver.reason is not None:
-        return "sparse", {"key": "not-measured", "why": finding("not-measured", why=driver.reason).message}, None
-    return decide(_time(config, plans))
+        return _unmeasured(driver.reason)
+    try:
+        return decide(_time(config, plans))
+    except EnvironmentLacks as error:  # such as a GPU that the plans were not built for
+        return _unmeasured(str(error))
+
+
+def _unmeasured(why: str) -> tuple[str, dict[str, str], None]:
+    return "sparse", {"key": "not-measured", "why": finding("not-measured", why=why).message}, None
 
 
 def decide(table: LatencyTable) -> tuple[str, dict[str, str], LatencyTable]:
@@ -67,4 +74,5 @@ def _time(config: Config, plans: Mapping[str, Path]) -> LatencyTable:
         baseline="dense",
         rounds=config.verify.latency_rounds,
         samples=sizes.get("batch", 1),
+        sessions=sessions_for(plans.values()),
     )

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -28,7 +29,7 @@ from tnm_pipeline.training.tasks import Similarity
 
 Settings = TypeVar("Settings")
 _KIND = "calibration"
-_LABELS = {"y", "y_train", "x_test", "y_test", "labels"}  # arrays of a file for training that are no inputs
+_LABELS = {"y_train", "x_test", "y_test", "labels"}  # arrays of a file for training that are no inputs
 
 
 def load_calibration(
@@ -37,8 +38,9 @@ def load_calibration(
     """Load unlabelled inputs; labels are dropped.
 
     Sources and their arguments:
-        `FILE.npz`: `x_train` or `x`, one float32 tensor for the model; else every array by name (float32, int64 or
-            bool), as keyword arguments of the model's forward, such as `input_ids` and `attention_mask`.
+        `FILE.npz`: `x_train`, or an `x` that is alone but for labels, one float32 tensor for the model; else every
+            array by name (float32, int64 or bool), as keyword arguments of the model's forward, such as `input_ids`
+            and `attention_mask`. Labels are `labels`, and a `y` of one whole number, or text, for each example.
         `FILE.txt`: UTF-8, a sentence a line, empty lines left out; `tokenizer`, `max_length`: see `Tokenization`.
         `FILE.tsv`, `FILE.csv`: the sentences of the training pairs; arguments as for training.
         a folder: its images; `size`, `resize`, `mean`, `std`: see `ImagePreparation`. Of a folder with `train/` and
@@ -103,14 +105,21 @@ def _from_npz(source: str, arguments: Mapping[str, Any], draw: Draw) -> list[Bat
         raise SourceError(f"calibration file {source} takes no arguments, got {dict(arguments)}")
     with npz_arrays(Path(source)) as arrays:
         names = [name for name in arrays.files if name not in _LABELS]
-        if not names:
-            raise SourceError(f"{source} holds no inputs, only {', '.join(arrays.files) or 'nothing'}: name an array x")
         if "x_train" in names:
             names = ["x_train"]
+        if "y" in names and _are_labels(arrays["y"], [arrays[name] for name in names if name != "y"]):
+            names.remove("y")
+        if not names:
+            raise SourceError(f"{source} holds no inputs, only {', '.join(arrays.files) or 'nothing'}: name an array x")
         tensors = {name: as_tensor(f"{source}: {name}", arrays[name]) for name in names}
     if names in (["x"], ["x_train"]):
         return draw.cut(source, tensors[names[0]], Tensor.float)
     return draw.cut(source, tensors)
+
+
+def _are_labels(y: NDArray[Any], others: list[NDArray[Any]]) -> bool:
+    """Whether an array called `y` holds one class for each example, rather than another input."""
+    return y.dtype.kind in "iuSU" and y.ndim == 1 and all(other.shape[:1] == y.shape for other in others)
 
 
 def _from_text(source: str, arguments: Mapping[str, Any], draw: Draw) -> list[Batch]:

@@ -13,7 +13,7 @@ from onnxruntime.capi import (
 
 from tnm_pipeline.engines.backends import Array
 from tnm_pipeline.engines.driver import Driver
-from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks
+from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks, FeedError
 from tnm_pipeline.engines.manifest import Manifest, TensorSpec
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -21,7 +21,8 @@ _SEVERITY_ERROR = 3
 # ONNX Runtime 1.31 ends the process with SIGSEGV when this optimiser meets an fp16 pre-norm transformer on the CPU.
 _CRASHING_ON_FP16 = ["NchwcTransformer"]
 _GRAPH_ERRORS = (errors.InvalidGraph, errors.InvalidProtobuf, errors.NoModel)
-_LOAD_ERRORS = (*_GRAPH_ERRORS, errors.Fail, errors.InvalidArgument, errors.RuntimeException, errors.EPFail)
+_RUN_ERRORS = (errors.Fail, errors.InvalidArgument, errors.RuntimeException, errors.EPFail)
+_LOAD_ERRORS = (*_GRAPH_ERRORS, *_RUN_ERRORS)
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 
 
@@ -80,6 +81,7 @@ class OnnxRuntimeBackend:
         self._check_provider(manifest, device, on_gpu)
         _check_tensors("inputs", manifest.inputs, self._session.get_inputs())
         _check_tensors("outputs", manifest.outputs, self._session.get_outputs())
+        self._artifact = manifest.artifact
         self._outputs = [spec.name for spec in manifest.outputs]
 
     @property
@@ -89,7 +91,14 @@ class OnnxRuntimeBackend:
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """See `Backend.run`."""
-        answers: Sequence[Any] = self._session.run(self._outputs, dict(feeds))
+        try:
+            answers: Sequence[Any] = self._session.run(self._outputs, dict(feeds))
+        except _RUN_ERRORS as error:
+            shapes = {name: array.shape for name, array in feeds.items()}
+            raise FeedError(
+                f"{self._artifact} fails on inputs of shapes {shapes} in ONNX Runtime {onnxruntime.__version__}: "
+                f"{error}. Give sizes and values that the network can take; where memory is short, a smaller batch"
+            ) from error
         return dict(zip(self._outputs, answers, strict=True))
 
     def close(self) -> None:

@@ -38,6 +38,7 @@ def build(trt: Any, request: BuildRequest, send: Send) -> Built:
         ExportRejected: The graph does not compute in the promised precision, or an input steers shapes.
         NotImplementedError: This builder lacks a setting that was asked for.
         BuildFailed: The builder gave up. It says why only in its log.
+        OSError: The plan cannot be written, or the timing cache cannot be read or has no folder to be written to.
     """
     logger = _logger(trt, send)
     builder = trt.Builder(logger)
@@ -59,7 +60,7 @@ def build(trt: Any, request: BuildRequest, send: Send) -> Built:
     del parser, monitor  # the network points to the parser's weights, the configuration to the monitor and the cache
     _write(Path(request.plan), plan)
     if request.timing_cache is not None and cache is not None:
-        write_atomically(Path(request.timing_cache), memoryview(config.get_timing_cache().serialize()))
+        _keep_timing_cache(config, Path(request.timing_cache), notes)
     used = None if request.timing_cache is None else cache is not None
     return Built(used, _inspect(trt, logger, plan, request, notes), tuple(notes))
 
@@ -168,12 +169,23 @@ def _timing_cache(config: Any, request: BuildRequest, notes: list[str]) -> Any |
         notes.append(f"timing_cache is left aside: {request.builder} times no tactics while it builds")
         return None
     path = Path(request.timing_cache)
+    path.parent.mkdir(parents=True, exist_ok=True)  # told before the build, not after it
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, False):
         notes.append(f"timing_cache {path} was made by another release or for another GPU, so it was started afresh")
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
+
+
+def _keep_timing_cache(config: Any, path: Path, notes: list[str]) -> None:
+    """Write the timing cache. A failure is no reason to lose the plan, which is written by then."""
+    try:
+        write_atomically(path, memoryview(config.get_timing_cache().serialize()))
+    except OSError as error:
+        notes.append(
+            f"timing_cache {path} was not kept: {error.strerror}. The plan is whole; the next build times tactics anew"
+        )
 
 
 def _write(path: Path, content: Any) -> None:

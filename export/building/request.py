@@ -53,7 +53,7 @@ class Built:
     Attributes:
         timing_cache_used: Whether a timing cache was read and kept; None where none was asked for.
         inspector: One object per layer from the engine inspector; None where it was not asked or could not answer.
-        notes: Settings that this builder left aside, each with the reason.
+        notes: What was asked for and left aside or not done, each with the reason.
     """
 
     timing_cache_used: bool | None

@@ -134,6 +134,20 @@ def test_a_difference_of_large_values_needs_what_gives_them(tmp_path: Path) -> N
     assert found_in(path, "fp16", found.keep).passes
 
 
+@pytest.mark.parametrize(("scale", "offset", "steps"), [(1.0, 20.0, 1), (1000.0, 30000.0, 2)])
+def test_following_what_to_keep_ends(tmp_path: Path, scale: float, offset: float, steps: int) -> None:
+    """Each list holds the one before it, for it replaces it; where none is to blame alone, the worst are kept."""
+    path = norm(tmp_path, scale, offset)
+    keep: tuple[str, ...] = ()
+    for _ in range(steps):
+        found = found_in(path, "fp16", keep)
+        assert not found.passes
+        assert set(keep) < set(found.keep)
+        keep = found.keep
+    last = found_in(path, "fp16", keep)
+    assert (last.passes, last.keep) == (True, ())
+
+
 def test_accumulated_errors_are_polygraphys(tmp_path: Path) -> None:
     path = norm(tmp_path, 300.0, 0.0)
     found = found_in(path, "fp16")

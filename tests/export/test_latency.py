@@ -51,7 +51,7 @@ def test_exact_figures(clock: Clock) -> None:
     assert (slow.median_us, slow.p95_us, slow.iqr_us, slow.ratio, slow.samples_per_s) == (2.0, 2.0, 0.0, 1.0, 4e6)
     assert (fast.median_us, fast.ratio, fast.ratio_low, fast.ratio_high, fast.samples_per_s) == (1, 0.5, 0.5, 0.5, 8e6)
     assert (again.ratio, again.reach, fast.reach) == (1.0, 1.0, 2.0)
-    assert claim(table, "fast").sentence == "the sparse engine is 2.00 times as fast as dense (2.00 to 2.00)"
+    assert claim(table, "fast").sentence == "fast is 2.00 times as fast as slow (2.00 to 2.00)"
 
 
 def test_a_drifting_machine_does_not_move_the_ratio(clock: Clock) -> None:

@@ -229,6 +229,49 @@ def test_a_model_beyond_protobufs_limit(tmp_path: Path) -> None:
     assert [layer.gemm_shape for layer in inspect_onnx(path).layers] == [(2**15, 16), (17 * 2**10, 2**15)]
 
 
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16()
+
+
+class Difference(nn.Module):
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return left - right
+
+
+class OpenDifference(nn.Module):
+    def forward(self, left: Tensor, **others: Tensor) -> Tensor:
+        return left - others["right"]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.ReLU(), nn.Linear(4, 4)).half(), r"tensor '1\.weight' is torch\.float16"),
+        (
+            nn.Linear(4, 4).bfloat16(),
+            r"tensor 'weight' is torch\.bfloat16, and .* float32: call model\.float\(\) first",
+        ),
+        (Halved(), r"output 'output' is torch\.bfloat16"),
+    ],
+)
+def test_half_precision_is_made_by_the_export_alone(model: nn.Module, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportRejected, match=message):
+        export_onnx(model, torch.zeros(2, 4), tmp_path / "model.fp32.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", [Difference(), OpenDifference()])
+def test_names_decide_what_is_which_input(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    sample = {"right": torch.ones(2, 4), "left": torch.full((2, 4), 3.0)}
+    export_onnx(model, [sample], path)
+    assert "forward" not in vars(model)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (answer,) = session.run(None, {name: tensor.numpy() for name, tensor in sample.items()})
+    np.testing.assert_array_equal(np.asarray(answer), np.full((2, 4), 2, np.float32))
+
+
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
     model = nn.Linear(4, 4)
     with torch.no_grad():

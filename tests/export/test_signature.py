@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from tnm_pipeline.export.errors import ExportRejected
-from tnm_pipeline.export.signature import Signature, named, named_outputs, signature_of, to_trace
+from tnm_pipeline.export.signature import Signature, call, named, named_outputs, signature_of, to_trace
 
 
 class Pair(nn.Module):
@@ -24,6 +24,27 @@ def test_names_come_from_the_caller_or_from_forward() -> None:
         named(Pair(), (tensor, tensor, tensor))
     with pytest.raises(ExportRejected, match="not nothing"):
         named(Pair(), ())
+
+
+class Open(nn.Module):
+    def forward(self, first: Tensor | None = None, **others: Tensor) -> list[str]:
+        return ["first"] * (first is not None) + list(others)
+
+
+class Keywords(nn.Module):
+    def forward(self, **tensors: Tensor) -> list[str]:
+        return list(tensors)
+
+
+def test_names_decide_not_positions() -> None:
+    one = torch.ones(2)
+    with pytest.raises(ExportRejected, match=r"Pair\.forward\(\) takes left, right, and the sample has other: give"):
+        named(Pair(), {"right": one, "other": one})
+    assert torch.equal(call(nn.Identity(), named(nn.Identity(), one)), one)  # type: ignore[arg-type]  # a tensor
+    assert call(Open(), named(Open(), one)) == ["first"]
+    assert call(Open(), named(Open(), {"other": one})) == ["other"]
+    assert call(Keywords(), named(Keywords(), {"a": one, "b": one})) == ["a", "b"]
+    assert call(Keywords(), named(Keywords(), {"input": one})) == ["input"]
 
 
 def test_only_the_batch_varies_where_samples_are_alike() -> None:

@@ -24,7 +24,7 @@ from tnm_pipeline.engines.tensors import DTYPES
 from tnm_pipeline.export.artifacts import onnx_manifest
 from tnm_pipeline.export.errors import ExportRejected
 from tnm_pipeline.export.protobuf_text import to_text
-from tnm_pipeline.export.triton import RepositoryError, _data_type, write_repository
+from tnm_pipeline.export.triton import RepositoryError, _data_type, check_name, write_repository
 
 
 def _model_config_pb2() -> ModuleType:
@@ -279,6 +279,58 @@ def test_an_artifact_that_was_changed_is_not_copied(mlp: Exported, tmp_path: Pat
     with pytest.raises(ArtifactRejected, match="sha256"):
         write_repository(tmp_path / "models", "model", path)
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_another_process_adds_meanwhile_stays(
+    fails: bool, mlp: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one begins once the first has decided that the model is new, and is done before it has a version."""
+    first = _described(Path(shutil.copy(mlp.fp32, tmp_path / "a.onnx")))
+    second = _described(Path(shutil.copy(mlp.fp16, tmp_path / "b.onnx")), "fp16")
+    models = tmp_path / "models"
+    copy = shutil.copyfile
+
+    def slow(source: Path, target: Path) -> None:
+        monkeypatch.setattr(shutil, "copyfile", copy)
+        assert write_repository(models, "model", second) == models / "model/1"
+        if fails:
+            raise OSError(28, "No space left on device")
+        copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", slow)
+    if fails:
+        with pytest.raises(OSError, match="No space left"):
+            write_repository(models, "model", first)
+    else:
+        assert write_repository(models, "model", first) == models / "model/2"
+        assert (models / "model/2/model.onnx").read_bytes() == first.read_bytes()
+    assert (models / "model/1/model.onnx").read_bytes() == second.read_bytes()
+    expected = ["1", "config.pbtxt"] if fails else ["1", "2", "config.pbtxt"]
+    assert sorted(path.name for path in (models / "model").iterdir()) == expected
+
+
+def test_a_number_that_is_taken_at_the_last_moment(
+    mlp: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _described(Path(shutil.copy(mlp.fp32, tmp_path / "a.onnx")))
+    rename = Path.rename
+
+    def late(draft: Path, version: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        version.mkdir()
+        (version / "model.onnx").write_bytes(b"another's")
+        return rename(draft, version)
+
+    monkeypatch.setattr(Path, "rename", late)
+    assert write_repository(tmp_path, "model", path) == tmp_path / "model/2"
+    assert (tmp_path / "model/1/model.onnx").read_bytes() == b"another's"
+
+
+def test_names_can_be_checked_before_there_is_a_model() -> None:
+    check_name("digits-2.4_T")
+    with pytest.raises(RepositoryError, match="'a/b' cannot be a model's name"):
+        check_name("a/b")
 
 
 @pytest.mark.parametrize("versions", [0, 1])

@@ -39,10 +39,23 @@ def test_the_culprit_the_worst_and_the_command(tnm: Tnm, tmp_path: Path) -> None
     assert ended.code == 0, ended.err
     assert "It starts at node 'square'" in ended.out
     assert "is beyond fp16" in ended.out
-    assert """--set export.keep_fp32='["square", "root"]'""" in ended.out
+    assert """\n  --set export.keep_fp32='["square", "root"]'\n""" in ended.out
+    assert "by adding to the command that exported it" in ended.out
     write(tmp_path, 900.0, keep=("square", "root"))
     ended = tnm("bisect", "model.fp32.onnx", "model.fp16.onnx", "--size", "width=8")
     assert "no layer departs" in ended.out
+
+
+def test_the_command_names_the_run(tnm: Tnm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a run/export").mkdir(parents=True)
+    write(tmp_path / "a run/export", 900.0)
+    (tmp_path / "a run/config.toml").touch()
+    names = [f"a run/export/model.{precision}.onnx" for precision in ("fp32", "fp16")]
+    said = tnm("bisect", *names, "--size", "width=8", "--json").json()["command"]
+    assert said == """tnm-pipeline export --folder 'a run' --set export.keep_fp32='["square", "root"]'"""
+    monkeypatch.chdir(tmp_path / "a run/export")
+    said = tnm("bisect", "model.fp32.onnx", "model.fp16.onnx", "--size", "width=8", "--json").json()["command"]
+    assert f"--folder '{tmp_path / 'a run'}' --set" in said
 
 
 def test_json_has_no_infinity(tnm: Tnm, tmp_path: Path) -> None:

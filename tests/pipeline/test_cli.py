@@ -207,7 +207,11 @@ def test_a_model_repository(small_run: Path, tmp_path: Path) -> None:
     ended = call(tmp_path, *command)
     assert ended.code == 0, ended.err
     assert all(stage["cached"] for name, stage in ended.json()["stages"].items() if name != "verify")
-    assert "Triton model: models/run/1" in ended.err
+    assert "Triton model: models/run/1, from run/export/model.fp16.onnx (Triton has no backend for plans" in ended.err
+    sources = ("--model", "digits-cnn", "--data", "digits")
+    refused = call(tmp_path, "export", "--folder", "a run", *sources, "--triton", "models")
+    assert refused.code == 2
+    assert "'a run' cannot be a model's name" in refused.err
     served = tmp_path / "models/run/1/model.onnx"
     assert served.read_bytes() == (tmp_path / "run/export/model.fp16.onnx").read_bytes()
     assert verify_artifact(served).precision == "fp16"

@@ -137,6 +137,7 @@ def test_pairs_go_all_the_way(pairs: Tnm, tmp_path: Path) -> None:
     assert "ONNX bf16" in page
 
 
+@pytest.mark.slow
 def test_a_users_own_pairs_go_all_the_way_too(tnm: Tnm, tmp_path: Path) -> None:
     write_encoder(tmp_path / "bert")
     write_pairs(tmp_path / "pairs.tsv")

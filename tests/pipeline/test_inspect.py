@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import NodeProto, numpy_helper
 from onnx.helper import make_node
 
 from tests.export.graphs import tensor, write
-from tnm_pipeline.engines import ArtifactRejected
+from tnm_pipeline.engines import ArtifactRejected, FeedError
+from tnm_pipeline.engines.artifact import manifest_path, read_manifest, write_manifest
+from tnm_pipeline.export.artifacts import onnx_manifest
+from tnm_pipeline.export.sparsity import inspect_onnx
 from tnm_pipeline.pipeline.inspect import Facts, Row, inspect_file, verify_file
 from tnm_pipeline.training.checkpoint import CheckpointError
 
@@ -93,3 +96,49 @@ def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], monke
     Facts("runs/[bold]x", [Row("[red]a:smile:", (4, 4), "2:4", 0.5, 0, 0, "[dim]")], ["[i]line"]).show()
     said = capsys.readouterr().out
     assert all(part in said for part in ("runs/[bold]x", "[red]a:smile:", "[dim]", "[i]line"))
+
+
+def published(path: Path, nodes: list[NodeProto], shape: list[int | str], **promised: str) -> Path:
+    """A network as `export` would publish it, with a manifest."""
+    weights = [numpy_helper.from_array(np.ones((2, 3, 5, 5), np.float32), "w")]
+    write(path, nodes, [tensor("x", *shape)], [tensor("y", "batch", 2, "h", "w_")], weights=weights)
+    summary = {**inspect_onnx(path).summary(), "patterns": promised}
+    write_manifest(path, onnx_manifest(path, precision="fp32", sparsity=summary))
+    return path
+
+
+def test_sizes_that_the_network_takes_are_found(tmp_path: Path) -> None:
+    """A kernel of 5 x 5 on an image of 1 x 1 gives nothing."""
+    nodes = [make_node("Conv", ["x", "w"], ["y"])]
+    path = published(tmp_path / "m.onnx", nodes, ["batch", 3, "height", "width"])
+    facts = verify_file(path, "error")
+    assert any("loaded and run by onnxruntime" in line for line in facts.lines)
+
+
+def test_sizes_that_were_tried_are_named(tmp_path: Path) -> None:
+    nodes = [make_node("Conv", ["x", "w"], ["y"], dilations=[100, 100])]
+    path = published(tmp_path / "m.onnx", nodes, ["batch", 3, "height", "width"])
+    with pytest.raises(FeedError, match=r"height, width was each of 1, 8, 32, 64, 224: run it with"):
+        verify_file(path, "error")
+
+
+def test_a_promise_that_no_node_keeps(tmp_path: Path) -> None:
+    path = published(tmp_path / "m.onnx", [make_node("Conv", ["x", "w"], ["y"])], ["batch", 3, 8, 8], gone="2:4")
+    with pytest.raises(ArtifactRejected, match=r"m\.onnx lacks layers that its manifest promises: gone"):
+        verify_file(path, "error")
+
+
+def test_the_source_of_a_plan_is_known_by_its_hash(small_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_run / "run", tmp_path / "run")
+    plan, source = tmp_path / "run/build/model.fp16.plan", tmp_path / "run/export/model.fp16.onnx"
+    assert verify_file(plan, "onnxruntime").rows
+    stated = read_manifest(source)
+    manifest_path(source).unlink()
+    with pytest.raises(ArtifactRejected, match=r"model\.fp16\.onnx\.manifest\.json is missing"):
+        verify_file(plan, "onnxruntime")
+    shutil.copyfile(tmp_path / "run/export/model.fp32.onnx", source)
+    with pytest.raises(ArtifactRejected, match=rf"model\.fp16\.plan was built from {stated.sha256}"):
+        verify_file(plan, "onnxruntime")
+    source.unlink()
+    with pytest.raises(ArtifactRejected, match=r"is missing, from which model\.fp16\.plan was built"):
+        verify_file(plan, "onnxruntime")

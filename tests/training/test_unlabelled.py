@@ -93,6 +93,21 @@ def test_several_arrays_go_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("y", "names"),
+    [
+        (np.arange(10) % 3, set()),  # one class for each example
+        (np.array(["cat", "dog"] * 5), set()),
+        (np.arange(20).reshape(10, 2), {"x", "y"}),
+        (np.linspace(0, 1, 10), {"x", "y"}),
+    ],
+)
+def test_a_y_beside_x_is_an_input_unless_it_holds_classes(tmp_path: Path, y: Any, names: set[str]) -> None:
+    np.savez(tmp_path / "a.npz", x=np.ones((10, 4)), y=y)
+    for batch in loaded(tmp_path / "a.npz", batch_size=5):
+        assert (set(batch) if isinstance(batch, dict) else set()) == names
+
+
+@pytest.mark.parametrize(
     ("arrays", "cause"),
     [
         ({"y": np.arange(4)}, "holds no inputs, only y: name an array x"),

@@ -7,7 +7,15 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, Manifest, TensorSpec, load, write_manifest
+from tnm_pipeline.engines import (
+    ArtifactRejected,
+    EnvironmentLacks,
+    FeedError,
+    Manifest,
+    TensorSpec,
+    load,
+    write_manifest,
+)
 from tnm_pipeline.engines.artifact import read_verified, sha256_of
 from tnm_pipeline.engines.backends.onnxruntime import OnnxRuntimeBackend
 from tnm_pipeline.engines.driver import Driver, Gpu, probe
@@ -53,6 +61,30 @@ def test_a_provider_that_does_not_start_is_announced_and_the_cpu_answers(model: 
         backend = OnnxRuntimeBackend(*read_verified(model), folder=model.parent, device="auto", driver=ONE_GPU)
     assert backend.device == "cpu"
     assert backend.run({"input": np.zeros((2, 8), np.float32)})["output"].shape == (2, 16)
+
+
+def test_sizes_that_the_network_cannot_take_name_the_artifact(model: Path, tmp_path: Path) -> None:
+    kind = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [
+            helper.make_node("Reshape", ["input", "shape"], ["pairs"]),
+            helper.make_node("Flatten", ["pairs"], ["output"]),
+        ],
+        "pairs",
+        [helper.make_tensor_value_info("input", kind, ["batch", 8])],
+        [helper.make_tensor_value_info("output", kind, ["pairs", 16])],
+        [helper.make_tensor("shape", onnx.TensorProto.INT64, [3], [-1, 2, 8])],
+    )
+    path = tmp_path / "pairs.onnx"
+    opset = helper.make_opsetid("", 20)
+    path.write_bytes(helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString())
+    seal(path, read_verified(model)[0])
+    with load(path, device="cpu") as session:
+        with pytest.raises(
+            FeedError, match=r"pairs\.onnx fails on inputs of shapes \{'input': \(3, 8\)\} in ONNX Runtime"
+        ):
+            session.run({"input": np.zeros((3, 8), np.float32)})
+        assert session.run({"input": np.zeros((4, 8), np.float32)})["output"].shape == (2, 16)
 
 
 def test_weights_outside_the_file_are_refused_even_where_they_would_be_found(

@@ -68,6 +68,26 @@ def test_no_timing_cache_unless_asked_for() -> None:
     assert config.cache is None
 
 
+def test_a_timing_cache_that_cannot_be_written_costs_no_plan(tmp_path: Path) -> None:
+    config = SimpleNamespace(get_timing_cache=lambda: SimpleNamespace(serialize=lambda: b"of this GPU"))
+    notes: list[str] = []
+    builder._keep_timing_cache(config, tmp_path / "timing", notes)
+    assert (tmp_path / "timing").read_bytes() == b"of this GPU"
+    assert notes == []
+    (tmp_path / "folder/inside").mkdir(parents=True)
+    builder._keep_timing_cache(config, tmp_path / "folder", notes)
+    assert notes == [
+        f"timing_cache {tmp_path / 'folder'} was not kept: Is a directory. The plan is whole; the next build times "
+        "tactics anew"
+    ]
+
+
+def test_a_timing_cache_without_a_folder_is_refused_before_the_build(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match=r"File exists|Not a directory"):
+        builder._timing_cache(TimingConfig(), request(timing_cache=str(tmp_path / "file/timing")), [])
+
+
 @pytest.mark.parametrize("wanted", ["ampere_plus", "same_compute_capability"])
 def test_hardware_compatibility(wanted: str) -> None:
     levels = SimpleNamespace(AMPERE_PLUS=1, SAME_COMPUTE_CAPABILITY=2)
