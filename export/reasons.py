@@ -131,8 +131,8 @@ _OF_ENGINES = {
         "run a TensorRT plan on a GPU; ONNX Runtime on CPU or CUDA has no product that skips them",
     ),
     "twins-differ": (
-        "the two engines differ in more than the flag: {fields}",
-        "build both in one run: `tnm-pipeline export --trt` builds the dense twin with the same settings",
+        "the two differ in more than sparsity: {fields}",
+        "make both in one run: `tnm-pipeline export --trt` writes and builds the dense twin with the same settings",
     ),
     "not-measured": ("nothing was timed: {why}", "run `tnm-pipeline bench` where the engine will run"),
     "gpu-throttled": (

@@ -69,7 +69,10 @@ class Bisection:
             return ""
         option = f"--set export.keep_fp32={shlex.quote(json.dumps(list(self.departure.keep)))}"
         run = self._run()
-        return option if run is None else f"tnm-pipeline export --folder {shlex.quote(str(run))} {option}"
+        if run is None:
+            return option
+        plans = "--trt " if (run / "build").is_dir() else ""
+        return f"tnm-pipeline export {plans}--folder {shlex.quote(str(run))} {option}"
 
     def _run(self) -> Path | None:
         """The folder of the run that exported the candidate."""
