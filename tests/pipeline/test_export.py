@@ -44,7 +44,7 @@ def limited(): return Limited()
 @pytest.fixture
 def given(tnm: Tnm, tmp_path: Path) -> Tnm:
     """`export` of a checkpoint of two(), with unlabelled data for it."""
-    (tmp_path / "nets.py").write_text(NETS, encoding="utf-8")
+    (tmp_path / "odd_nets.py").write_text(NETS, encoding="utf-8")
     rng = np.random.default_rng(0)
     arrays = {name: rng.standard_normal((24, 16)).astype(np.float32) for name in ("left", "right")}
     np.savez(tmp_path / "two.npz", left=arrays["left"], right=arrays["right"])
@@ -53,7 +53,7 @@ def given(tnm: Tnm, tmp_path: Path) -> Tnm:
     torch.save({f"mix.{name}": tensor for name, tensor in layer.state_dict().items()}, tmp_path / "two.pt")
 
     def call(*arguments: str) -> Ended:
-        fixed = ("--model", "nets:two", "--calibration", "two.npz", "--folder", "run", "--json")
+        fixed = ("--model", "odd_nets:two", "--calibration", "two.npz", "--folder", "run", "--json")
         return tnm("export", "two.pt", *fixed, *arguments)
 
     return call
@@ -88,13 +88,13 @@ def test_data_that_the_model_does_not_take(given: Tnm, tmp_path: Path) -> None:
 
 
 def test_an_encoder_at_its_position_limit_keeps_a_varying_length(tnm: Tnm, tmp_path: Path) -> None:
-    (tmp_path / "nets.py").write_text(NETS, encoding="utf-8")
+    (tmp_path / "odd_nets.py").write_text(NETS, encoding="utf-8")
     ids = np.random.default_rng(0).integers(0, 9, (24, 16))
     np.savez(tmp_path / "tokens.npz", input_ids=ids, attention_mask=np.ones_like(ids))
     torch.manual_seed(0)
     state = {"positions.weight": torch.randn(16, 8), "mix.weight": torch.randn(8, 8), "mix.bias": torch.zeros(8)}
     torch.save(state, tmp_path / "limited.pt")
-    given = ("--model", "nets:limited", "--calibration", "tokens.npz", "--folder", "run")
+    given = ("--model", "odd_nets:limited", "--calibration", "tokens.npz", "--folder", "run")
     ended = tnm("export", "limited.pt", *given)
     assert ended.code == 0, ended.err
     exported = json.loads((tmp_path / "run/export/result.json").read_text(encoding="utf-8"))
