@@ -14,7 +14,7 @@ from tnm_pipeline.export.artifacts import read_onnx
 from tnm_pipeline.export.errors import ExportRejected
 from tnm_pipeline.export.reasons import Finding, finding
 from tnm_pipeline.export.sparsity import SparsityReport, inspect_onnx
-from tnm_pipeline.export.verdicts.comparison import compare_twins
+from tnm_pipeline.export.verdicts.comparison import compare_twins, runtime_finding
 from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.pipeline.foreign import ForeignSession, inputs_of
 from tnm_pipeline.pipeline.source import source_of
@@ -129,8 +129,8 @@ def caveats(one: Rival, other: Rival) -> Iterator[str]:
         yield "the two files are the same byte for byte: whatever is measured, it is no effect of sparsity"
     if (unfair := _unfair(one, other)) is not None:
         yield f"{unfair}"
-    if one.backend == "onnxruntime" and one.may_skip_zeros:
-        yield f"{finding('wrong-runtime', runtime='ONNX Runtime')}"
+    if one.may_skip_zeros and (wrong := runtime_finding(one.backend)) is not None:
+        yield f"{wrong}"
 
 
 def _unfair(one: Rival, other: Rival) -> Finding | None:

@@ -11,16 +11,16 @@ _MAY_DIFFER = ("artifact", "sha256", "bytes", "sparse_weights_flag")
 _FLAT = 1.1  # a call that takes hardly longer with twice the batch
 
 
-def runtime_finding(manifest: Manifest) -> Finding | None:
+def runtime_finding(backend: str) -> Finding | None:
     """Whether a runtime cannot use 2:4 at all.
 
     Args:
-        manifest: Of what was run.
+        backend: What ran it, as a manifest calls it.
 
     Returns:
         `wrong-runtime` for ONNX Runtime, None for TensorRT.
     """
-    return finding("wrong-runtime", runtime="ONNX Runtime") if manifest.backend == "onnxruntime" else None
+    return finding("wrong-runtime", runtime="ONNX Runtime") if backend == "onnxruntime" else None
 
 
 def compare_twins(sparse: Manifest, dense: Manifest) -> Finding | None:

@@ -196,9 +196,7 @@ CASES: dict[str, Callable[[Path], Finding | None]] = {
     "not-aligned": lambda tmp: _risk(_gemm(tmp, _sparse(256, 260)), "not-aligned"),
     "quantised": lambda tmp: _risk(_quantised(tmp), "quantised"),
     "precision-fp32": lambda tmp: _risk(_gemm(tmp, _sparse(256, 256, dtype=np.float32)), "precision-fp32"),
-    "wrong-runtime": lambda tmp: runtime_finding(
-        _manifest(backend="onnxruntime", compute_capabilities=(), source_onnx=None, source_sha256=None)
-    ),
+    "wrong-runtime": lambda tmp: runtime_finding("onnxruntime"),
     "twins-differ": lambda tmp: compare_twins(_manifest(), _manifest(precision="fp32", sparse_weights_flag=False)),
     "launch-bound": lambda tmp: launch_finding({1: 100.0, 2: 104.0, 8: 109.0, 64: 400.0}, 1),
 }
@@ -404,7 +402,7 @@ def test_summary(plan: PlanFacts | None, summary: str, tmp_path: Path) -> None:
 
 def test_twins_of_one_build_and_batches_that_scale_are_no_finding() -> None:
     assert compare_twins(_manifest(), _manifest(sparse_weights_flag=False, sha256="2" * 64, bytes=2)) is None
-    assert runtime_finding(_manifest()) is None
+    assert runtime_finding(_manifest().backend) is None
     assert launch_finding({1: 100.0, 2: 150.0, 8: 600.0}, 1) is None
     assert launch_finding({1: 100.0, 2: 100.0, 8: 600.0}, 2) is None
     assert launch_finding({4: 100.0, 6: 105.0, 16: 300.0}, 4) is None
