@@ -6,7 +6,8 @@ the SHA-256 recorded when it was written.
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -104,26 +105,36 @@ def verify_artifact(artifact: Path) -> Manifest:
     return manifest
 
 
-def read_verified(artifact: Path) -> tuple[Manifest, bytes]:
-    """Like `verify_artifact`, returning the very bytes that were hashed: nobody can swap the file in between.
+@dataclass(frozen=True)
+class Content:
+    """An artifact as it was when its hashes were checked: nobody can swap a file afterwards.
 
-    That holds for the artifact; external files are hashed here and read again by the runtime.
+    Attributes:
+        manifest: What stands beside it.
+        artifact: The bytes of the artifact.
+        external: The bytes of the files beside an ONNX artifact that hold weights, by name.
+    """
+
+    manifest: Manifest
+    artifact: bytes
+    external: Mapping[str, bytes]
+
+
+def read_verified(artifact: Path) -> Content:
+    """Like `verify_artifact`, returning the very bytes that were hashed.
 
     Args:
         artifact: An ONNX file or a plan.
 
-    Returns:
-        The manifest and the content of the artifact.
-
     Raises:
         ArtifactRejected: As `verify_artifact`.
-        OSError: The artifact cannot be read.
+        OSError: A file cannot be read.
     """
     manifest = _manifest_of_existing(artifact)
     content = artifact.read_bytes()
     _match(artifact, manifest, len(content), lambda: hashlib.sha256(content).hexdigest())
-    _match_external(artifact, manifest)
-    return manifest, content
+    external = {file.name: _read_external(artifact, file) for file in manifest.external}
+    return Content(manifest, content, external)
 
 
 def _manifest_of_existing(artifact: Path) -> Manifest:
@@ -146,11 +157,21 @@ def _match(path: Path, stated: Manifest | ExternalFile, size: int, sha256: Calla
 
 def _match_external(artifact: Path, manifest: Manifest) -> None:
     for file in manifest.external:
-        path = artifact.with_name(file.name)
-        decode.require(
-            path.is_file(), f"{path} is missing, and {artifact.name} keeps weights in it. {_rebuild(artifact)}"
-        )
+        path = _external_path(artifact, file)
         _match(path, file, path.stat().st_size, partial(sha256_of, path))
+
+
+def _read_external(artifact: Path, file: ExternalFile) -> bytes:
+    path = _external_path(artifact, file)
+    content = path.read_bytes()
+    _match(path, file, len(content), lambda: hashlib.sha256(content).hexdigest())
+    return content
+
+
+def _external_path(artifact: Path, file: ExternalFile) -> Path:
+    path = artifact.with_name(file.name)
+    decode.require(path.is_file(), f"{path} is missing, and {artifact.name} keeps weights in it. {_rebuild(artifact)}")
+    return path
 
 
 def _rebuild(artifact: Path) -> str:

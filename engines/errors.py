@@ -8,6 +8,10 @@ class ArtifactRejected(ValueError):
     """
 
 
+class SignatureRejected(ArtifactRejected):
+    """A signature was demanded, and there is none, or it is of another key or another manifest."""
+
+
 class EnvironmentLacks(RuntimeError):
     """This machine has no driver, GPU, runtime library or provider that the artifact needs."""
 
@@ -17,8 +21,20 @@ class DeviceOutOfMemory(MemoryError):
 
 
 class FeedError(ValueError):
-    """An array given to `Session.run` has the wrong name, dtype, rank or size."""
+    """An array given to a session has the wrong name, dtype, rank, size or, where that is checked, value."""
+
+
+class RunFailed(RuntimeError):
+    """The runtime failed on a call whose inputs are as the manifest states. The session goes on with the next one."""
+
+
+class Overloaded(RuntimeError):
+    """The queue is full, or no context was free for too long. Nothing was run: send it again later, or elsewhere."""
+
+
+class DeadlineExceeded(TimeoutError):
+    """The time that a call was given ran out. Its answer, if any, is dropped."""
 
 
 class SessionClosed(RuntimeError):
-    """`Session.run` was called after `Session.close`."""
+    """A session was asked to answer after `close` or while it drains."""

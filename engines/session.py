@@ -6,11 +6,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from tnm_pipeline.engines.artifact import read_verified
+from tnm_pipeline.engines.artifact import Content, read_verified
 from tnm_pipeline.engines.backends import Array, Backend
 from tnm_pipeline.engines.driver import probe
 from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks, SessionClosed
 from tnm_pipeline.engines.feeds import check_feeds
+from tnm_pipeline.engines.limits import Limits
 from tnm_pipeline.engines.manifest import Manifest, TensorSpec
 
 FALLBACKS = ("error", "onnxruntime")
@@ -107,11 +108,12 @@ def load(
     if device not in DEVICES:
         raise ValueError(f"device is {device!r}; choose one of {', '.join(DEVICES)}")
     path = Path(path)
-    manifest, content = read_verified(path)
+    content = read_verified(path)
+    manifest = content.manifest
     if manifest.backend == "onnxruntime":
-        return Session(manifest, _onnxruntime(manifest, content, path, device))
+        return Session(manifest, _onnxruntime(content, device))
     try:
-        return Session(manifest, _tensorrt(manifest, content))
+        return Session(manifest, _tensorrt(content))
     except EnvironmentLacks as error:
         if fallback == "error":
             raise _with_ways_out(error, path, manifest) from error.__cause__
@@ -121,23 +123,31 @@ def load(
 # The two imports wait until the bytes are verified: a refused artifact reaches no runtime.
 
 
-def _onnxruntime(manifest: Manifest, model: bytes, path: Path, device: str) -> Backend:
+def _onnxruntime(content: Content, device: str) -> Backend:
     from tnm_pipeline.engines.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(manifest, model, folder=path.parent, device=device, driver=probe())
+    return OnnxRuntimeBackend(
+        content.manifest,
+        content.artifact,
+        weights=content.external,
+        device=device,
+        driver=probe(),
+        limits=Limits(),
+    )
 
 
-def _tensorrt(manifest: Manifest, plan: bytes) -> Backend:
+def _tensorrt(content: Content) -> Backend:
     from tnm_pipeline.engines.backends.tensorrt import TensorRTBackend
 
-    return TensorRTBackend(manifest, plan, driver=probe())
+    return TensorRTBackend(content.manifest, content.artifact, driver=probe(), limits=Limits())
 
 
 def _fall_back(path: Path, plan: Manifest, reason: str, device: str) -> Session:
     if plan.source_onnx is None:
         raise EnvironmentLacks(f"{reason}. Its manifest names no source ONNX to fall back to")
     source = path.parent / plan.source_onnx
-    manifest, model = read_verified(source)
+    content = read_verified(source)
+    manifest = content.manifest
     if manifest.sha256 != plan.source_sha256:
         raise ArtifactRejected(
             f"{source} has sha256 {manifest.sha256}, and {path.name} was built from {plan.source_sha256}. "
@@ -145,7 +155,7 @@ def _fall_back(path: Path, plan: Manifest, reason: str, device: str) -> Session:
         )
     if manifest.backend != "onnxruntime":
         raise ArtifactRejected(f"{source} is a {manifest.backend} plan, not the ONNX file that {path.name} names")
-    return Session(manifest, _onnxruntime(manifest, model, source, device), fallback_reason=reason)
+    return Session(manifest, _onnxruntime(content, device), fallback_reason=reason)
 
 
 def _with_ways_out(error: EnvironmentLacks, path: Path, plan: Manifest) -> EnvironmentLacks:

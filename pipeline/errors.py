@@ -68,6 +68,7 @@ _CODES = {
     "tnm_pipeline.export.triton.RepositoryError": ExitCode.USAGE,
     "tnm_pipeline.engines.errors.ArtifactRejected": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.engines.errors.FeedError": ExitCode.INPUT_REJECTED,
+    "tnm_pipeline.engines.errors.RunFailed": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.engines.errors.EnvironmentLacks": ExitCode.ENVIRONMENT,
     "torch.OutOfMemoryError": ExitCode.OUT_OF_RESOURCES,
     "builtins.MemoryError": ExitCode.OUT_OF_RESOURCES,

@@ -9,7 +9,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, FeedError, Manifest, Session, TensorSpec, load
+from tnm_pipeline.engines import (
+    ArtifactRejected,
+    EnvironmentLacks,
+    Manifest,
+    RunFailed,
+    Session,
+    TensorSpec,
+    load,
+)
 from tnm_pipeline.engines.artifact import manifest_path, read_manifest, verify_artifact
 from tnm_pipeline.export.counting import TENSORRT_PATTERN
 from tnm_pipeline.export.sparsity import LayerSparsity, SparsityReport, UnreadWeight, inspect_onnx
@@ -142,7 +150,7 @@ def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
 
     Raises:
         EnvironmentLacks: the plan cannot run here and no fallback was allowed.
-        FeedError: the network answers zeros in none of the sizes that were tried.
+        RunFailed: the network answers zeros in none of the sizes that were tried.
         ArtifactRejected: the artifact, its source or a manifest is not what it should be, or a promised pattern is
             broken.
     """
@@ -263,14 +271,14 @@ def _answer(session: Session, usual: Mapping[str, int]) -> Mapping[str, np.ndarr
     first = {spec.shape[0] for spec in session.inputs if spec.shape}
     if dims <= {*usual, *first}:
         return session.run(_zeros(session.inputs, usual, 1))
-    failures: list[FeedError] = []
+    failures: list[RunFailed] = []
     for size in _SIZES:
         try:
             return session.run(_zeros(session.inputs, usual, size))
-        except FeedError as error:
+        except RunFailed as error:
             failures.append(error)
     named, tried = ", ".join(sorted(dims - {*usual, *first})), ", ".join(map(str, _SIZES))
-    raise FeedError(
+    raise RunFailed(
         f"{failures[-1]}. {named} was each of {tried}: run it with "
         "sizes that fit together, by `tnm-pipeline bench --size NAME=N`"
     ) from failures[-1]

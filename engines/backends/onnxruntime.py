@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -13,8 +12,10 @@ from onnxruntime.capi import (
 
 from tnm_pipeline.engines.backends import Array
 from tnm_pipeline.engines.driver import Driver
-from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks, FeedError
+from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks, RunFailed
+from tnm_pipeline.engines.limits import Limits
 from tnm_pipeline.engines.manifest import Manifest, TensorSpec
+from tnm_pipeline.engines.pool import Pool
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _SEVERITY_ERROR = 3
@@ -32,24 +33,37 @@ class OnnxRuntimeBackend:
     Args:
         manifest: The manifest of the model.
         model: The bytes that the manifest describes.
-        folder: Where its external files lie, whose hashes were checked.
+        weights: The content of its external files by name.
         device: `"cpu"`; `"cuda"`: the whole network there, or an error; `"auto"`: CUDA where there is a GPU
             and a provider for it, with a warning where the provider then fails to start, the CPU otherwise.
         driver: What the driver probe found.
+        limits: Of its session.
 
     Raises:
         ArtifactRejected: ONNX Runtime refuses the model, or its inputs and outputs are not the manifest's.
         EnvironmentLacks: CUDA was demanded and cannot run all of the network here, or an operator is missing.
     """
 
-    def __init__(self, manifest: Manifest, model: bytes, *, folder: Path, device: str, driver: Driver) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        model: bytes,
+        *,
+        weights: Mapping[str, bytes],
+        device: str,
+        driver: Driver,
+        limits: Limits,
+    ) -> None:
         on_gpu = _wants_gpu(device, driver)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _SEVERITY_ERROR
-        # With a model given as bytes, ONNX Runtime looks for external weights in the working directory, where no hash
-        # covers them: where the manifest states none, point it at a folder that cannot contain a file.
-        weights = str(folder) if manifest.external else os.devnull
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights)
+        # The bytes that were hashed, not the files, which somebody may have replaced since.
+        options.add_external_initializers_from_files_in_memory(
+            list(weights), list(weights.values()), [len(content) for content in weights.values()]
+        )
+        # ONNX Runtime looks for others in the working directory, where no hash covers them: point it at a folder that
+        # cannot contain a file.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         if device == "cuda":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         providers = [_CUDA, _CPU] if on_gpu and device == "auto" else [_CUDA] if on_gpu else [_CPU]
@@ -83,22 +97,31 @@ class OnnxRuntimeBackend:
         _check_tensors("outputs", manifest.outputs, self._session.get_outputs())
         self._artifact = manifest.artifact
         self._outputs = [spec.name for spec in manifest.outputs]
+        self._turns = Pool([None] * limits.contexts, limits.patience)
+
+    @property
+    def version(self) -> str:
+        """See `Backend.version`."""
+        return onnxruntime.__version__
 
     @property
     def device(self) -> str:
         """`"cuda"` where ONNX Runtime confirmed the CUDA provider, else `"cpu"`."""
         return "cuda" if _CUDA in self._session.get_providers() else "cpu"
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Array], deadline: float | None = None) -> dict[str, Array]:
         """See `Backend.run`."""
+        turn = self._turns.take(deadline)
         try:
-            answers: Sequence[Any] = self._session.run(self._outputs, dict(feeds))
+            answers: Sequence[Any] = self._session.run(self._outputs, feeds)
         except _RUN_ERRORS as error:
             shapes = {name: array.shape for name, array in feeds.items()}
-            raise FeedError(
+            raise RunFailed(
                 f"{self._artifact} fails on inputs of shapes {shapes} in ONNX Runtime {onnxruntime.__version__}: "
                 f"{error}. Give sizes and values that the network can take; where memory is short, a smaller batch"
             ) from error
+        finally:
+            self._turns.give_back(turn)
         return dict(zip(self._outputs, answers, strict=True))
 
     def close(self) -> None:

@@ -13,7 +13,9 @@ from tnm_pipeline.engines.backends import Array
 from tnm_pipeline.engines.cuda import CudaDriver, Device
 from tnm_pipeline.engines.driver import Driver
 from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks, FeedError
+from tnm_pipeline.engines.limits import Limits
 from tnm_pipeline.engines.manifest import Manifest
+from tnm_pipeline.engines.pool import Pool
 from tnm_pipeline.engines.tensors import Ranges, TensorSpec
 
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # module -> what pip installs
@@ -26,6 +28,7 @@ class TensorRTBackend:
         manifest: The manifest of the plan.
         plan: The bytes that the manifest describes.
         driver: What the driver probe found.
+        limits: Of its session.
 
     Raises:
         EnvironmentLacks: No GPU, another GPU than the plan was built for, no runtime or one of another
@@ -35,7 +38,7 @@ class TensorRTBackend:
 
     device = "cuda"
 
-    def __init__(self, manifest: Manifest, plan: bytes, *, driver: Driver) -> None:
+    def __init__(self, manifest: Manifest, plan: bytes, *, driver: Driver, limits: Limits) -> None:
         check_gpu(manifest, driver)
         trt = _runtime_module(manifest)
         self._manifest = manifest
@@ -44,6 +47,8 @@ class TensorRTBackend:
         self._engine: Any = None
         self._context: Any = None
         self._profile = 0  # what a new context has
+        self.version = str(trt.__version__)
+        self._turns = Pool([None], limits.patience)
         self._device = Device(CudaDriver())
         try:
             with self._device.current():
@@ -56,11 +61,11 @@ class TensorRTBackend:
             self.close()
             raise
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Array], deadline: float | None = None) -> dict[str, Array]:
         """See `Backend.run`."""
-        self._log.clear()
         profile = covering_profile(self._manifest.profiles, self._manifest.inputs, feeds)
-        with self._device.current():
+        with self._turns.lent(deadline), self._device.current():
+            self._log.clear()
             try:
                 self._select(profile)
                 for name, array in feeds.items():

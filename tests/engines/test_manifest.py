@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from tnm_pipeline.engines import ArtifactRejected, Manifest, TensorSpec, verify_artifact, write_manifest
-from tnm_pipeline.engines.artifact import manifest_path, read_verified, sha256_of
+from tnm_pipeline.engines.artifact import Content, manifest_path, read_verified, sha256_of
 
 Change: TypeAlias = Callable[[dict[str, Any]], object]
 
@@ -57,7 +57,7 @@ def test_digest_is_of_the_canonical_json_without_it(manifest: Manifest) -> None:
 def test_sha256_and_bytes_are_those_of_the_file(model: Path, manifest: Manifest) -> None:
     assert manifest.sha256 == hashlib.sha256(model.read_bytes()).hexdigest() == sha256_of(model)
     assert manifest.bytes == len(model.read_bytes())
-    assert read_verified(model) == (manifest, model.read_bytes())
+    assert read_verified(model) == Content(manifest, model.read_bytes(), {})
 
 
 def test_every_single_character_edit_is_refused(manifest: Manifest) -> None:

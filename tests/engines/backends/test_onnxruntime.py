@@ -10,8 +10,8 @@ from onnx import helper
 from tnm_pipeline.engines import (
     ArtifactRejected,
     EnvironmentLacks,
-    FeedError,
     Manifest,
+    RunFailed,
     TensorSpec,
     load,
     write_manifest,
@@ -19,11 +19,19 @@ from tnm_pipeline.engines import (
 from tnm_pipeline.engines.artifact import read_verified, sha256_of
 from tnm_pipeline.engines.backends.onnxruntime import OnnxRuntimeBackend
 from tnm_pipeline.engines.driver import Driver, Gpu, probe
+from tnm_pipeline.engines.limits import Limits
 
 NO_GPU = Driver(None, (), "no NVIDIA driver is installed")
 ONE_GPU = Driver("13.0", (Gpu("NVIDIA L4", "8.9"),), None)
 
 without_gpu = pytest.mark.skipif(bool(probe().gpus), reason="here the CUDA provider starts")
+
+
+def made(model: Path, device: str, driver: Driver) -> OnnxRuntimeBackend:
+    content = read_verified(model)
+    return OnnxRuntimeBackend(
+        content.manifest, content.artifact, weights={}, device=device, driver=driver, limits=Limits()
+    )
 
 
 def seal(path: Path, like: Manifest, **changes: Any) -> None:
@@ -34,7 +42,7 @@ def seal(path: Path, like: Manifest, **changes: Any) -> None:
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_without_a_gpu_the_cpu_answers(model: Path, device: str) -> None:
-    backend = OnnxRuntimeBackend(*read_verified(model), folder=model.parent, device=device, driver=NO_GPU)
+    backend = made(model, device, NO_GPU)
     assert backend.device == "cpu"
     assert backend.run({"input": np.zeros((0, 8), np.float32)})["output"].shape == (0, 16)
     backend.close()
@@ -42,14 +50,14 @@ def test_without_a_gpu_the_cpu_answers(model: Path, device: str) -> None:
 
 def test_demanding_cuda_without_a_driver_says_why(model: Path) -> None:
     with pytest.raises(EnvironmentLacks, match="needs a GPU: no NVIDIA driver is installed"):
-        OnnxRuntimeBackend(*read_verified(model), folder=model.parent, device="cuda", driver=NO_GPU)
+        made(model, "cuda", NO_GPU)
 
 
 @without_gpu
 def test_demanding_cuda_never_ends_on_the_cpu(model: Path) -> None:
     """The probe is told of a GPU; ONNX Runtime then really fails to start its provider, or has none."""
     with pytest.raises(EnvironmentLacks, match="or pass device="):
-        OnnxRuntimeBackend(*read_verified(model), folder=model.parent, device="cuda", driver=ONE_GPU)
+        made(model, "cuda", ONE_GPU)
 
 
 @without_gpu
@@ -58,7 +66,7 @@ def test_demanding_cuda_never_ends_on_the_cpu(model: Path) -> None:
 )
 def test_a_provider_that_does_not_start_is_announced_and_the_cpu_answers(model: Path) -> None:
     with pytest.warns(RuntimeWarning, match=r"model\.fp32\.onnx runs on the CPU"):
-        backend = OnnxRuntimeBackend(*read_verified(model), folder=model.parent, device="auto", driver=ONE_GPU)
+        backend = made(model, "auto", ONE_GPU)
     assert backend.device == "cpu"
     assert backend.run({"input": np.zeros((2, 8), np.float32)})["output"].shape == (2, 16)
 
@@ -78,10 +86,10 @@ def test_sizes_that_the_network_cannot_take_name_the_artifact(model: Path, tmp_p
     path = tmp_path / "pairs.onnx"
     opset = helper.make_opsetid("", 20)
     path.write_bytes(helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString())
-    seal(path, read_verified(model)[0])
+    seal(path, read_verified(model).manifest)
     with load(path, device="cpu") as session:
         with pytest.raises(
-            FeedError, match=r"pairs\.onnx fails on inputs of shapes \{'input': \(3, 8\)\} in ONNX Runtime"
+            RunFailed, match=r"pairs\.onnx fails on inputs of shapes \{'input': \(3, 8\)\} in ONNX Runtime"
         ):
             session.run({"input": np.zeros((3, 8), np.float32)})
         assert session.run({"input": np.zeros((4, 8), np.float32)})["output"].shape == (2, 16)
@@ -90,12 +98,16 @@ def test_sizes_that_the_network_cannot_take_name_the_artifact(model: Path, tmp_p
 def test_weights_outside_the_file_are_refused_even_where_they_would_be_found(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest, content = read_verified(model)
+    content = read_verified(model)
     outside = tmp_path / "outside.onnx"
     onnx.save(
-        onnx.load_from_string(content), outside, save_as_external_data=True, location="weights.bin", size_threshold=0
+        onnx.load_from_string(content.artifact),
+        outside,
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
     )
-    seal(outside, manifest)
+    seal(outside, content.manifest)
     monkeypatch.chdir(tmp_path)  # where ONNX Runtime would look
     with pytest.raises(ArtifactRejected, match="with the weights inside"):
         load(outside, device="cpu")
@@ -104,7 +116,7 @@ def test_weights_outside_the_file_are_refused_even_where_they_would_be_found(
 def test_bytes_that_are_no_model_are_refused(model: Path, tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"not a model" * 100)
-    seal(garbage, read_verified(model)[0])
+    seal(garbage, read_verified(model).manifest)
     with pytest.raises(ArtifactRejected, match="refuses it"):
         load(garbage, device="cpu")
 
@@ -120,7 +132,7 @@ def test_an_operator_that_is_not_implemented_is_the_environments_fault(model: Pa
     path = tmp_path / "erf.onnx"
     opset = helper.make_opsetid("", 20)
     path.write_bytes(helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString())
-    seal(path, read_verified(model)[0])
+    seal(path, read_verified(model).manifest)
     with pytest.raises(EnvironmentLacks, match=r"lacks an operator of erf\.onnx"):
         load(path, device="cpu")
 
@@ -135,6 +147,6 @@ def test_an_operator_that_is_not_implemented_is_the_environments_fault(model: Pa
     ],
 )
 def test_a_manifest_of_other_tensors_is_refused(model: Path, changes: dict[str, Any]) -> None:
-    seal(model, read_verified(model)[0], **changes)
+    seal(model, read_verified(model).manifest, **changes)
     with pytest.raises(ArtifactRejected, match=r"\(name, dtype, rank\) are .* its manifest states"):
         load(model, device="cpu")
