@@ -174,8 +174,9 @@ def _check_size(tensor: onnx.TensorProto) -> None:
     """Refuse a shape far beyond the data, before anybody makes room for it."""
     declared = math.prod(tensor.dims)
     inside = tensor.data_location != onnx.TensorProto.EXTERNAL
-    # Four numbers of the smallest type fit into a byte.
-    if any(side < 0 for side in tensor.dims) or (inside and declared > 4 * tensor.ByteSize()):
+    # Four numbers of the smallest type fit into a byte. The size of a whole tensor costs twice that of its raw data.
+    beyond = inside and declared > 4 * len(tensor.raw_data) and declared > 4 * tensor.ByteSize()
+    if beyond or any(side < 0 for side in tensor.dims):
         shape = list(tensor.dims)
         raise ValueError(f"tensor {tensor.name!r} declares shape {shape} and takes {tensor.ByteSize()} bytes in all")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tnm_pipeline.pipeline.crew import follow, follows, leading, refuse_others
+from tnm_pipeline.pipeline.crew import follow, follows, leading, refuse_others, together
 from tnm_pipeline.pipeline.heap import ask_for_huge_pages
 from tnm_pipeline.pipeline.options import (
     CalibrationOption,
@@ -261,6 +261,12 @@ def main() -> None:
     ask_for_huge_pages()
     try:
         app()
+    except SystemExit as end:
+        if together() and "torch" in sys.modules:
+            from tnm_pipeline.training.processes import leave
+
+            leave(end.code if isinstance(end.code, int) else 0)
+        raise
     except (Exception, KeyboardInterrupt) as error:
         if _debugging["on"]:
             raise

@@ -1,9 +1,11 @@
 """The processes that train together: how `fit` finds them, and short messages between them. One alone is fine too."""
 
+import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -136,3 +138,20 @@ def wait_for_all() -> None:
     """Go on when every process has come here."""
     if count() > 1:
         dist.barrier()
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End a process that met others, once its work is done, without Python's own end.
+
+    Threads of gloo may free tensors while Python shuts down, which then aborts the process (torch 2.13, now and then;
+    https://github.com/pytorch/pytorch/pull/179291), and torchrun ends the others, whatever they still write.
+
+    Args:
+        code: exit status.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

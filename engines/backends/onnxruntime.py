@@ -102,7 +102,7 @@ class OnnxRuntimeBackend:
     @property
     def version(self) -> str:
         """See `Backend.version`."""
-        return onnxruntime.__version__
+        return str(onnxruntime.__version__)
 
     @property
     def device(self) -> str:

@@ -1,6 +1,5 @@
 """The counts against loops over single entries on hundreds of graphs, and against polygraphy where it is right."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -112,25 +111,13 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # polygraphy's own
-def test_minilm_100_times_faster_than_polygraphy(minilm: Path) -> None:
-    """Reading, checking and counting, against what polygraphy takes to count alone: no timing, a ratio in one run.
-
-    The best of several calls, as 0.2 s are soon twice as many while another process runs, and polygraphy's 20 s are
-    not: with the best of three, the ratio was 124 on a calm machine.
-    """
-    taken, report = [], inspect_onnx(minilm)
-    for _ in range(15):
-        start = time.perf_counter()
-        inspect_onnx(minilm)
-        taken.append(time.perf_counter() - start)
+def test_minilm_counts_as_polygraphy_does(minilm: Path) -> None:
+    """How much faster: `python scripts/bench_inspect.py`."""
+    report = inspect_onnx(minilm)
     theirs: Any = SparsityPruner(onnx.load(minilm))
-    start = time.perf_counter()
     theirs.check()
-    polygraphy = time.perf_counter() - start
     assert {f"{layer.name}.weight" for layer in report.layers if layer.eligible} == theirs.sparse_tensors
     assert len(theirs.sparse_tensors) == 37  # six layers of six products, and the pooler
-    print(f"inspect_onnx {min(taken):.3f} s, polygraphy {polygraphy:.1f} s")  # noqa: T201 # with -s
-    assert polygraphy > 100 * min(taken)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from onnx import NodeProto, numpy_helper
 from onnx.helper import make_node
 
 from tests.export.graphs import tensor, write
-from tnm_pipeline.engines import ArtifactRejected, FeedError
+from tnm_pipeline.engines import ArtifactRejected, RunFailed
 from tnm_pipeline.engines.artifact import manifest_path, read_manifest, write_manifest
 from tnm_pipeline.export.artifacts import onnx_manifest
 from tnm_pipeline.export.sparsity import inspect_onnx
@@ -118,7 +118,7 @@ def test_sizes_that_the_network_takes_are_found(tmp_path: Path) -> None:
 def test_sizes_that_were_tried_are_named(tmp_path: Path) -> None:
     nodes = [make_node("Conv", ["x", "w"], ["y"], dilations=[100, 100])]
     path = published(tmp_path / "m.onnx", nodes, ["batch", 3, "height", "width"])
-    with pytest.raises(FeedError, match=r"height, width was each of 1, 8, 32, 64, 224: run it with"):
+    with pytest.raises(RunFailed, match=r"height, width was each of 1, 8, 32, 64, 224: run it with"):
         verify_file(path, "error")
 
 

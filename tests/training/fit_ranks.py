@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from tnm_pipeline.training.loop import FitConfig, SparseTraining, TrainingStoppedError, fit
 from tnm_pipeline.training.pattern import Pattern
-from tnm_pipeline.training.processes import count, rank
+from tnm_pipeline.training.processes import count, leave, rank
 from tnm_pipeline.training.recipes import Recipe
 from tnm_pipeline.training.sources import Splits, digits
 
@@ -82,4 +82,4 @@ if __name__ == "__main__":
     outcome = globals()[what](folder)
     torch.save(outcome, folder / f"{what}.{count()}.{rank()}.pt")
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        leave()

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from tnm_pipeline.training.distributed import full
+from tnm_pipeline.training.processes import leave
 from tnm_pipeline.training.recipes import Recipe
 from tnm_pipeline.training.sharded import load_sharded, save_sharded
 from tnm_pipeline.training.sparsify import Sparsifier
@@ -240,7 +241,7 @@ def main() -> None:
     ranks, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
     torch.save(globals()[what](folder), folder / f"{what}.{ranks}.{rank}.pt")
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":
