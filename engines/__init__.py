@@ -1,6 +1,8 @@
 """Production inference: load a verified artifact and run it. Imports neither torch nor a sibling package."""
 
 from tnm_pipeline.engines.artifact import verify_artifact, write_manifest
+from tnm_pipeline.engines.batching import Batching
+from tnm_pipeline.engines.calls import Call
 from tnm_pipeline.engines.errors import (
     ArtifactRejected,
     DeadlineExceeded,
@@ -12,22 +14,29 @@ from tnm_pipeline.engines.errors import (
     SessionClosed,
     SignatureRejected,
 )
+from tnm_pipeline.engines.info import SessionInfo
 from tnm_pipeline.engines.limits import Limits
+from tnm_pipeline.engines.loader import load
 from tnm_pipeline.engines.manifest import Manifest, TensorSpec
-from tnm_pipeline.engines.session import Session, load
+from tnm_pipeline.engines.metrics import Metrics
+from tnm_pipeline.engines.session import Session
 
 __all__ = [
     "ArtifactRejected",
+    "Batching",
+    "Call",
     "DeadlineExceeded",
     "DeviceOutOfMemory",
     "EnvironmentLacks",
     "FeedError",
     "Limits",
     "Manifest",
+    "Metrics",
     "Overloaded",
     "RunFailed",
     "Session",
     "SessionClosed",
+    "SessionInfo",
     "SignatureRejected",
     "TensorSpec",
     "load",

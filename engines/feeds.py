@@ -1,4 +1,4 @@
-"""Check the arrays given to `Session.run` against the manifest, before a runtime sees them."""
+"""Check the arrays given to a session against the manifest, before a runtime sees them."""
 
 from collections.abc import Mapping
 
@@ -6,33 +6,72 @@ import numpy as np
 
 from tnm_pipeline.engines.backends import Array
 from tnm_pipeline.engines.errors import FeedError
-from tnm_pipeline.engines.manifest import TensorSpec
+from tnm_pipeline.engines.tensors import TensorSpec
+
+_REMEMBERED = 1024  # combinations of shapes that passed
 
 
-def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Check names, dtypes, ranks and sizes, and make every array C-contiguous.
+class Signature:
+    """What an artifact takes. Thread-safe.
 
     Args:
         specs: The inputs that the manifest states.
-        feeds: Input name -> array. Dynamic dimensions of one name must have one size in all of them.
-
-    Returns:
-        The same arrays in the order of `specs`, copied only where they were not contiguous.
-
-    Raises:
-        FeedError: What is wrong, both sides, and what to pass instead.
+        finite: Refuse NaN and infinities, which costs a look at every value.
     """
-    expected = [spec.name for spec in specs]
-    missing = [name for name in expected if name not in feeds]
-    unexpected = [name for name in feeds if name not in expected]
-    if missing or unexpected:
-        signature = ", ".join(f"{spec.name}: {spec.dtype} {_shape(spec)}" for spec in specs)
-        raise FeedError(f"missing inputs {missing}, unexpected inputs {unexpected}; the model takes {signature}")
-    sizes: dict[str, tuple[int, str]] = {}  # dynamic dimension -> its size and the input that fixed it
-    for spec in specs:
-        _check_array(spec, feeds[spec.name], sizes)
-    # np.ascontiguousarray would turn a scalar into a vector
-    return {name: np.asarray(feeds[name], order="C") for name in expected}
+
+    def __init__(self, specs: tuple[TensorSpec, ...], *, finite: bool = False) -> None:
+        self._specs = specs
+        self._names = [spec.name for spec in specs]
+        self._expected = [(spec.name, np.dtype(spec.dtype)) for spec in specs]
+        self._passed: set[tuple[tuple[int, ...], ...]] = set()
+        self._finite = [spec.name for spec in specs if finite and np.dtype(spec.dtype).kind == "f"]
+
+    def check(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Check names, dtypes, ranks and sizes, and make every array C-contiguous.
+
+        Args:
+            feeds: Input name -> array. Dynamic dimensions of one name must have one size in all of them.
+
+        Returns:
+            The same arrays in the order of the specs, copied only where they were not contiguous.
+
+        Raises:
+            FeedError: What is wrong, both sides, and what to pass instead.
+        """
+        checked = self._known(feeds)
+        if checked is None:
+            checked = self._explain(feeds)
+        for name in self._finite:
+            _check_finite(name, checked[name])
+        return checked
+
+    def _known(self, feeds: Mapping[str, Array]) -> dict[str, Array] | None:
+        """The inputs of a call like one that passed; None where only a closer look can tell."""
+        if len(feeds) != len(self._names):
+            return None
+        checked: dict[str, Array] = {}
+        for name, dtype in self._expected:
+            array = feeds.get(name)
+            if type(array) is not np.ndarray or array.dtype != dtype or not array.flags.c_contiguous:
+                return None
+            checked[name] = array
+        return checked if tuple([array.shape for array in checked.values()]) in self._passed else None
+
+    def _explain(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        missing = [name for name in self._names if name not in feeds]
+        unexpected = [name for name in feeds if name not in self._names]
+        if missing or unexpected:
+            signature = ", ".join(f"{spec.name}: {spec.dtype} {_shape(spec)}" for spec in self._specs)
+            raise FeedError(f"missing inputs {missing}, unexpected inputs {unexpected}; the model takes {signature}")
+        sizes: dict[str, tuple[int, str]] = {}  # dynamic dimension -> its size and the input that fixed it
+        for spec in self._specs:
+            _check_array(spec, feeds[spec.name], sizes)
+        # np.ascontiguousarray would turn a scalar into a vector
+        checked: dict[str, Array] = {name: np.asarray(feeds[name], order="C") for name in self._names}
+        if len(self._passed) >= _REMEMBERED:
+            self._passed.clear()
+        self._passed.add(tuple([array.shape for array in checked.values()]))
+        return checked
 
 
 def _check_array(spec: TensorSpec, array: Array, sizes: dict[str, tuple[int, str]]) -> None:
@@ -63,6 +102,16 @@ def _check_array(spec: TensorSpec, array: Array, sizes: dict[str, tuple[int, str
             raise FeedError(
                 f"{dim} is {known} in input {owner} and {size} in input {name} (axis {axis}): make them one"
             )
+
+
+def _check_finite(name: str, array: Array) -> None:
+    if np.isfinite(array).all():
+        return
+    place = tuple(int(index) for index in np.argwhere(~np.isfinite(array))[0])
+    raise FeedError(
+        f"input {name} is {array[place]} at {place}, and the session was loaded to take finite numbers only: clean the "
+        "input, or load with finite=False"
+    )
 
 
 def _shape(spec: TensorSpec) -> str:

@@ -83,7 +83,7 @@ def main() -> None:
     ours = [seconds for calls, _ in measured for seconds in calls]
     theirs = [seconds for _, seconds in measured]
     ratios = [seconds / statistics.median(calls) for calls, seconds in measured]
-    row = {
+    row: dict[str, Any] = {
         "model": "MiniLM-L6",
         "file_mb": size / 1e6,
         "inspect_s": statistics.median(ours),

@@ -92,22 +92,14 @@ class OnnxRuntimeBackend:
                 f"{manifest.artifact} matches its manifest, and ONNX Runtime {onnxruntime.__version__} "
                 f"refuses it: {error}. Export it again with the weights inside: `tnm-pipeline export`"
             ) from error
+        self.version = str(onnxruntime.__version__)
+        self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"  # what ONNX Runtime confirmed
         self._check_provider(manifest, device, on_gpu)
         _check_tensors("inputs", manifest.inputs, self._session.get_inputs())
         _check_tensors("outputs", manifest.outputs, self._session.get_outputs())
         self._artifact = manifest.artifact
         self._outputs = [spec.name for spec in manifest.outputs]
         self._turns = Pool([None] * limits.contexts, limits.patience)
-
-    @property
-    def version(self) -> str:
-        """See `Backend.version`."""
-        return str(onnxruntime.__version__)
-
-    @property
-    def device(self) -> str:
-        """`"cuda"` where ONNX Runtime confirmed the CUDA provider, else `"cpu"`."""
-        return "cuda" if _CUDA in self._session.get_providers() else "cpu"
 
     def run(self, feeds: Mapping[str, Array], deadline: float | None = None) -> dict[str, Array]:
         """See `Backend.run`."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tnm_pipeline.engines import FeedError, TensorSpec
-from tnm_pipeline.engines.feeds import check_feeds
+from tnm_pipeline.engines.feeds import Signature
 
 SPECS = (
     TensorSpec("ids", "int64", ("batch", "tokens"), {"batch": (1, 4, 8), "tokens": (2, 4, 16)}),
@@ -25,7 +25,7 @@ def feeds(**changes: Any) -> dict[str, Any]:
 
 def test_good_feeds_pass_uncopied_in_the_order_of_the_manifest() -> None:
     given = feeds()
-    checked = check_feeds(SPECS, given)
+    checked = Signature(SPECS).check(given)
     assert list(checked) == ["ids", "image", "scale"]
     assert all(checked[name] is given[name] for name in given)
     assert checked["scale"].shape == ()
@@ -33,7 +33,7 @@ def test_good_feeds_pass_uncopied_in_the_order_of_the_manifest() -> None:
 
 def test_a_view_is_made_contiguous_with_the_same_values() -> None:
     view = np.arange(6, dtype=np.float32).reshape(3, 2).T
-    checked = check_feeds(SPECS, feeds(image=view))["image"]
+    checked = Signature(SPECS).check(feeds(image=view))["image"]
     assert checked.flags.c_contiguous
     np.testing.assert_array_equal(checked, view)
 
@@ -42,7 +42,7 @@ def test_missing_and_unexpected_names_come_in_one_message() -> None:
     given = feeds(img=np.zeros((2, 3), np.float32))
     del given["image"], given["ids"]
     with pytest.raises(FeedError, match=r"image: float32 \(batch, 3\)") as caught:
-        check_feeds(SPECS, given)
+        Signature(SPECS).check(given)
     assert "missing inputs ['ids', 'image'], unexpected inputs ['img']" in str(caught.value)
 
 
@@ -63,16 +63,16 @@ def test_missing_and_unexpected_names_come_in_one_message() -> None:
 )
 def test_what_does_not_fit_is_refused_with_both_sides(name: str, value: object, complaint: str) -> None:
     with pytest.raises(FeedError, match=re.escape(complaint)):
-        check_feeds(SPECS, feeds(**{name: value}))
+        Signature(SPECS).check(feeds(**{name: value}))
 
 
 def test_range_ends_are_inside() -> None:
     for batch, tokens in ((1, 2), (8, 16)):
-        check_feeds(SPECS, feeds(ids=np.zeros((batch, tokens), np.int64), image=np.zeros((batch, 3), np.float32)))
+        Signature(SPECS).check(feeds(ids=np.zeros((batch, tokens), np.int64), image=np.zeros((batch, 3), np.float32)))
 
 
 def test_without_ranges_any_size_goes_but_one_name_has_one_size() -> None:
     square = (TensorSpec("x", "float32", ("n", "n"), {}),)
-    check_feeds(square, {"x": np.zeros((0, 0), np.float32)})
+    Signature(square).check({"x": np.zeros((0, 0), np.float32)})
     with pytest.raises(FeedError, match="n is 2 in input x and 3 in input x"):
-        check_feeds(square, {"x": np.zeros((2, 3), np.float32)})
+        Signature(square).check({"x": np.zeros((2, 3), np.float32)})

@@ -1,0 +1,138 @@
+"""Dynamic batching: several calls of one row or a few become one run, whose answers are handed back row by row."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tnm_pipeline.engines.backends import Array
+from tnm_pipeline.engines.tensors import TensorSpec
+
+Feeds = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """When calls are joined.
+
+    Attributes:
+        max_batch: Rows of a run.
+        max_delay: Seconds that a call waits for others, counted from its arrival: what it waited for a run under way
+            counts.
+        pad: Input -> value that fills it up at the end where calls differ in other sizes than the batch, such as the
+            length of a sentence: 0 for ids and for their attention mask. Answers are cut to the size of their call.
+            Without it, only calls of equal sizes are joined. The network must ignore what is padded.
+
+    Raises:
+        ValueError: A bound makes no sense.
+    """
+
+    max_batch: int = 16
+    max_delay: float = 0.002
+    pad: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 2 or not self.max_delay >= 0:
+            raise ValueError(
+                f"batching of max_batch = {self.max_batch} rows and max_delay = {self.max_delay} s: give at least 2 "
+                "rows and no negative time, or load without batching"
+            )
+
+
+class Joiner:
+    """How the calls of one artifact are joined and their answers separated. Thread-safe.
+
+    Args:
+        batching: What is wanted.
+        inputs: What the artifact takes.
+        outputs: What it gives.
+
+    Raises:
+        ValueError: Its tensors do not all begin with one dynamic dimension; or it takes fewer rows than `max_batch`; or
+            `pad` names no input, leaves one out, or an output has a size that no input gives.
+    """
+
+    def __init__(self, batching: Batching, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        firsts = {spec.shape[0] if spec.shape else 1 for spec in (*inputs, *outputs)}
+        dim = firsts.pop()
+        if firsts or not isinstance(dim, str):
+            shapes = {spec.name: spec.shape for spec in (*inputs, *outputs)}
+            raise ValueError(f"calls cannot be joined: not all of {shapes} begin with one dynamic dimension")
+        most = min((spec.ranges[dim][2] for spec in inputs if dim in spec.ranges), default=batching.max_batch)
+        if most < batching.max_batch:
+            raise ValueError(
+                f"max_batch is {batching.max_batch}, and the plan was built for a {dim} of at most {most}: lower "
+                "max_batch, or build it with a wider range"
+            )
+        self.max_batch = batching.max_batch
+        self._pad = dict(batching.pad)
+        self._inputs = {spec.name: spec for spec in inputs}
+        self._crops = {spec.name: _others(spec, dim) for spec in outputs} if self._pad else {}
+        if self._pad:
+            self._check_pad(dim, inputs, outputs)
+
+    def key(self, feeds: Feeds) -> Hashable:
+        """Calls of equal keys can be joined."""
+        return None if self._pad else tuple([array.shape[1:] for array in feeds.values()])
+
+    def rows(self, feeds: Feeds) -> int:
+        """How many rows a call has."""
+        return len(next(iter(feeds.values())))
+
+    def join(self, calls: Sequence[Feeds]) -> dict[str, Array]:
+        """One call of all rows, in the order of the calls; all of one key."""
+        return {name: self._stack(name, [feeds[name] for feeds in calls]) for name in calls[0]}
+
+    def split(self, answers: Mapping[str, Array], calls: Sequence[Feeds]) -> list[dict[str, Array]]:
+        """The answer of each call, copied: nobody shares memory with a neighbour."""
+        parts, start = [], 0
+        for feeds in calls:
+            end = start + self.rows(feeds)
+            sizes = self._sizes(feeds)
+            parts.append({name: self._cut(name, answer[start:end], sizes).copy() for name, answer in answers.items()})
+            start = end
+        return parts
+
+    def _stack(self, name: str, arrays: Sequence[Array]) -> Array:
+        shape = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True))
+        if all(array.shape[1:] == shape for array in arrays):
+            return np.concatenate(arrays)
+        joined = np.full((sum(map(len, arrays)), *shape), self._pad[name], arrays[0].dtype)
+        start = 0
+        for array in arrays:
+            joined[(slice(start, start + len(array)), *map(slice, array.shape[1:]))] = array
+            start += len(array)
+        return joined
+
+    def _sizes(self, feeds: Feeds) -> dict[str, int]:
+        """What the dynamic dimensions of a call are."""
+        if not self._pad:
+            return {}
+        return {
+            dim: size
+            for name, array in feeds.items()
+            for dim, size in zip(self._inputs[name].shape, array.shape, strict=True)
+            if isinstance(dim, str)
+        }
+
+    def _cut(self, name: str, rows: Array, sizes: Mapping[str, int]) -> Array:
+        for axis, dim in self._crops.get(name, {}).items():
+            rows = rows[(slice(None),) * axis + (slice(sizes[dim]),)]
+        return rows
+
+    def _check_pad(self, batch: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        vary = {spec.name for spec in inputs if _others(spec, batch)}
+        if set(self._pad) != vary:
+            raise ValueError(f"pad is for {sorted(self._pad)}, and the inputs of varying sizes are {sorted(vary)}")
+        known = {dim for spec in inputs for dim in _others(spec, batch).values()}
+        for spec in outputs:
+            if unknown := set(_others(spec, batch).values()) - known:
+                raise ValueError(
+                    f"output {spec.name} has the size {sorted(unknown)}, which no input has, so what was padded cannot "
+                    "be cut off: load without pad"
+                )
+
+
+def _others(spec: TensorSpec, batch: str) -> dict[int, str]:
+    """Axis -> name of the dynamic dimensions but the batch."""
+    return {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str) and dim != batch}

@@ -1,0 +1,154 @@
+"""The queue of a session: calls wait in it for a worker, and are joined there if batching is on."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future
+from contextvars import Context
+from dataclasses import dataclass
+
+from tnm_pipeline.engines.backends import Array
+from tnm_pipeline.engines.errors import Overloaded, SessionClosed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """A call that waits.
+
+    Attributes:
+        feeds: Checked inputs.
+        future: Who waits for the answer.
+        deadline: By `time.monotonic()`, None for none.
+        queued: By `time.monotonic()`, when it came.
+        context: Of the caller, for what observes calls.
+        key: Requests of equal keys can be joined.
+        rows: How many rows it adds to a batch.
+    """
+
+    feeds: Mapping[str, Array]
+    future: Future[dict[str, Array]]
+    deadline: float | None
+    queued: float
+    context: Context
+    key: Hashable
+    rows: int
+
+
+class Dispatcher:
+    """A bounded queue and the threads that work it off. Thread-safe.
+
+    Args:
+        answer: Called in a worker with requests to be answered together; must not raise.
+        workers: Threads; they start with the first request.
+        bound: Requests that may wait.
+        max_rows: Of requests answered together; 1 for one request at a time.
+        max_delay: Seconds that a request waits for others.
+        name: Of the threads.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[list[Request]], None],
+        *,
+        workers: int,
+        bound: int,
+        max_rows: int,
+        max_delay: float,
+        name: str,
+    ) -> None:
+        self._answer = answer
+        self._bound = bound
+        self._max_rows = max_rows
+        self._max_delay = max_delay
+        self._waiting: deque[Request] = deque()
+        self._changed = threading.Condition()
+        self._gathering = False
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{name}-{index}", daemon=True) for index in range(workers)
+        ]
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    def put(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            Overloaded: The queue is full.
+            SessionClosed: After `close`.
+        """
+        with self._changed:
+            if self._closed:
+                raise SessionClosed("the session is closed: load it again to run it")
+            if len(self._waiting) >= self._bound:
+                raise Overloaded(
+                    f"{self._bound} calls wait already: send less, or load with a longer queue (Limits.queue)"
+                )
+            self._waiting.append(request)
+            if self._threads[0].ident is None:
+                for thread in self._threads:
+                    thread.start()
+            self._changed.notify_all()
+
+    def close(self, timeout: float | None) -> list[Request]:
+        """Take no more requests, and wait until the workers answered those there are.
+
+        Args:
+            timeout: Seconds after which those that still wait are given up; None: never.
+
+        Returns:
+            The requests given up.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread.ident is not None and thread is not threading.current_thread():
+                thread.join(None if until is None else max(0.0, until - time.monotonic()))
+        with self._changed:
+            left = list(self._waiting)
+            self._waiting.clear()
+            return left
+
+    def _work(self) -> None:
+        while requests := self._next():
+            self._answer(requests)
+
+    def _next(self) -> list[Request]:
+        """What to answer next; nothing after the last."""
+        with self._changed:
+            while not self._waiting or self._gathering:
+                if self._closed and not self._waiting:
+                    return []
+                self._changed.wait()
+            if self._max_rows == 1:
+                return [self._waiting.popleft()]
+            self._gathering = True  # two that gathered would halve the batches
+            try:
+                return self._gather()
+            finally:
+                self._gathering = False
+                self._changed.notify_all()
+
+    def _gather(self) -> list[Request]:
+        """The first that waits, and those like it that come before its delay is over or the batch is full."""
+        first = self._waiting.popleft()
+        gathered, rows, until = [first], first.rows, first.queued + self._max_delay
+        while True:
+            fitting = []
+            for request in self._waiting:
+                if request.key == first.key and rows + request.rows <= self._max_rows:
+                    fitting.append(request)
+                    rows += request.rows
+            for request in fitting:
+                self._waiting.remove(request)
+            gathered += fitting
+            left = until - time.monotonic()
+            if rows >= self._max_rows or left <= 0 or self._closed:
+                return gathered
+            self._changed.wait(left)

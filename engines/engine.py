@@ -1,0 +1,90 @@
+"""One loaded artifact, and how many calls use it: what a session swaps when it reloads."""
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from tnm_pipeline.engines.backends import Array, Backend
+from tnm_pipeline.engines.feeds import Signature
+from tnm_pipeline.engines.manifest import Manifest
+
+
+class Engine:
+    """An artifact in its runtime, freed once it is retired and the last call has left it. Thread-safe.
+
+    Args:
+        path: The artifact.
+        manifest: What stands beside it.
+        backend: The runtime that answers.
+        why: Why this artifact and this runtime answer.
+        fallback_reason: Why the artifact that was asked for does not answer, None where it does.
+        signed: Whether a trusted key signed the manifest.
+        finite: Refuse inputs with NaN or infinities.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        backend: Backend,
+        *,
+        why: str,
+        fallback_reason: str | None,
+        signed: bool,
+        finite: bool,
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.backend = backend
+        self.why = why
+        self.fallback_reason = fallback_reason
+        self.signed = signed
+        self.check = Signature(manifest.inputs, finite=finite).check
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._retired = False
+        self._idle = threading.Event()
+        self._idle.set()
+
+    @property
+    def calls(self) -> int:
+        """How many use it now."""
+        return self._calls
+
+    def enter(self) -> bool:
+        """Begin a call, to be ended by `leave`; False where the engine is retired."""
+        with self._lock:
+            if self._retired:
+                return False
+            self._calls += 1
+            return True
+
+    def leave(self) -> None:
+        """End a call; the last one of a retired engine frees it."""
+        with self._lock:
+            self._calls -= 1
+            last = self._retired and self._calls == 0
+        if last:
+            self._free()
+
+    def retire(self) -> None:
+        """Take no more calls, and be freed after those under way. Once only."""
+        with self._lock:
+            assert not self._retired, "an engine retires once"
+            self._retired = True
+            self._idle.clear()
+            last = self._calls == 0
+        if last:
+            self._free()
+
+    def freed(self, timeout: float | None) -> bool:
+        """Whether the calls under way ended, and a retired engine was freed, within `timeout` seconds."""
+        return self._idle.wait(timeout)
+
+    def run(self, feeds: Mapping[str, Array], deadline: float | None) -> dict[str, Array]:
+        """Run checked inputs; between `enter` and `leave`."""
+        return self.backend.run(feeds, deadline)
+
+    def _free(self) -> None:
+        self.backend.close()
+        self._idle.set()
