@@ -45,6 +45,15 @@ def _write_onnx(path: Path, seed: int) -> Path:
     return path
 
 
+def _published(
+    path: Path, graph: onnx.GraphProto, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> Path:
+    opset = helper.make_opsetid("", 20)
+    path.write_bytes(helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString())
+    write_manifest(path, _facts(path, inputs=inputs, outputs=outputs))
+    return path
+
+
 def _facts(path: Path, **changes: Any) -> Manifest:
     """The manifest of the ONNX file at `path`, with `changes`."""
     values: dict[str, Any] = {
@@ -81,6 +90,57 @@ def other_model(tmp_path: Path) -> Path:
     folder = tmp_path / "other"
     folder.mkdir()
     return _write_onnx(folder / "model.fp32.onnx", seed=1)
+
+
+@pytest.fixture
+def patient_model(tmp_path: Path) -> Path:
+    """`output = input + 1`, after as many rounds of work as the input `rounds` says: 100,000 take some 0.1 s."""
+    kind, number = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["again"]), helper.make_node("Tanh", ["state"], ["next"])],
+        "round",
+        [
+            helper.make_tensor_value_info("index", number, []),
+            helper.make_tensor_value_info("go", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", kind, [1]),
+        ],
+        [
+            helper.make_tensor_value_info("again", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", kind, [1]),
+        ],
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("Loop", ["rounds", "", "zero"], ["spent"], body=body),
+            helper.make_node("Add", ["input", "one"], ["more"]),
+            helper.make_node("Add", ["more", "spent"], ["output"]),
+        ],
+        "patient",
+        [
+            helper.make_tensor_value_info("input", kind, ["batch"]),
+            helper.make_tensor_value_info("rounds", number, []),
+        ],
+        [helper.make_tensor_value_info("output", kind, ["batch"])],
+        [helper.make_tensor("zero", kind, [1], [0.0]), helper.make_tensor("one", kind, [1], [1.0])],
+    )
+    inputs = (TensorSpec("input", "float32", ("batch",)), TensorSpec("rounds", "int64", ()))
+    outputs = (TensorSpec("output", "float32", ("batch",)),)
+    return _published(tmp_path / "patient.onnx", graph, inputs, outputs)
+
+
+@pytest.fixture
+def lookup_model(tmp_path: Path) -> Path:
+    """`output[i]` is row `ids[i]` of a table of ten rows; ONNX Runtime fails on other ids."""
+    table = np.arange(20, dtype=np.float32).reshape(10, 2)
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "ids"], ["output"])],
+        "lookup",
+        [helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["batch"])],
+        [helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, ["batch", 2])],
+        [numpy_helper.from_array(table, "table")],
+    )
+    outputs = (TensorSpec("output", "float32", ("batch", 2)),)
+    return _published(tmp_path / "lookup.onnx", graph, (TensorSpec("ids", "int64", ("batch",)),), outputs)
 
 
 @pytest.fixture(scope="session")

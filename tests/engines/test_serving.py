@@ -1,0 +1,347 @@
+"""A session under many callers: queue, deadlines, batches, reloads, closing. The networks are real ones."""
+
+import asyncio
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, wait
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tnm_pipeline.engines import (
+    ArtifactRejected,
+    Batching,
+    Call,
+    DeadlineExceeded,
+    FeedError,
+    Limits,
+    Overloaded,
+    RunFailed,
+    Session,
+    SessionClosed,
+    load,
+)
+from tnm_pipeline.engines.artifact import manifest_path
+
+LONG, SHORT = 200_000, 1  # rounds: a fifth of a second, and nothing
+
+
+def feeds(rounds: int = SHORT, value: float = 1.0) -> dict[str, Any]:
+    return {"input": np.full(3, value, np.float32), "rounds": np.array(rounds)}
+
+
+def rows(count: int, seed: int = 0) -> dict[str, Any]:
+    return {"input": np.random.default_rng(seed).standard_normal((count, 8)).astype(np.float32)}
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Run `work` in threads; what one of them raises is raised here."""
+    errors: list[BaseException] = []
+
+    def guarded(index: int) -> None:
+        try:
+            work(index)
+        except BaseException as error:  # to be raised in the test's thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def busy(session: Session, calls: int) -> Iterator[list[Future[dict[str, Any]]]]:
+    """With that many long calls under way."""
+    futures = [session.submit(feeds(LONG)) for _ in range(calls)]
+    while session.metrics().waiting:
+        time.sleep(0.001)
+    yield futures
+    wait(futures)
+
+
+def test_threads_get_their_own_answers_in_all_three_ways(model: Path) -> None:
+    with load(model, device="cpu") as session:
+        alone = {seed: session.run(rows(seed % 5 + 1, seed))["output"] for seed in range(40)}
+
+        def call(index: int) -> None:
+            for seed in range(index, 40, 3):
+                asked = rows(seed % 5 + 1, seed)
+                for answer in (
+                    session.run(asked),
+                    session.submit(asked).result(),
+                    asyncio.run(session.run_async(asked)),
+                ):
+                    np.testing.assert_array_equal(answer["output"], alone[seed])
+
+        in_threads(3, call)
+        metrics = session.metrics()
+        assert metrics.answered == metrics.runs == metrics.run.count == 40 + 3 * 40
+        assert metrics.queue.count == 2 * 40
+        assert (metrics.errors, metrics.waiting, metrics.running) == ({}, 0, 0)
+
+
+def test_a_full_queue_refuses_at_once_and_nothing_else_is_lost(patient_model: Path) -> None:
+    with load(patient_model, device="cpu", limits=Limits(contexts=1, queue=2)) as session, busy(session, 1):
+        waiting = [session.submit(feeds(value=value)) for value in (1, 2)]
+        with pytest.raises(Overloaded, match="2 calls wait already"):
+            session.submit(feeds())
+        assert session.metrics().waiting == 2
+        assert [future.result()["output"][0] for future in waiting] == [2, 3]
+        assert session.metrics().errors == {"Overloaded": 1}
+
+
+def test_no_context_is_free_in_time(patient_model: Path) -> None:
+    limits = Limits(contexts=1, patience=0.02)
+    with load(patient_model, device="cpu", limits=limits) as session, busy(session, 1):
+        with pytest.raises(Overloaded, match=r"busy for 0\.02 s"):
+            session.run(feeds())
+        with pytest.raises(DeadlineExceeded):
+            session.run(feeds(), timeout=0.001)
+        assert session.metrics().errors == {"Overloaded": 1, "DeadlineExceeded": 1}
+
+
+def test_a_deadline_drops_what_waits_and_spares_what_runs(patient_model: Path) -> None:
+    with load(patient_model, device="cpu", limits=Limits(contexts=1)) as session:
+        with busy(session, 1):
+            late = session.submit(feeds(), timeout=0.01)
+            in_time = session.submit(feeds(value=4), timeout=60)
+            with pytest.raises(DeadlineExceeded, match=r"did not come within 0\.01 s"):
+                late.result()
+            assert in_time.result()["output"][0] == 5
+        assert session.run(feeds(LONG), timeout=0.01)["output"][0] == 2  # begun at once, it runs to its end
+        assert session.metrics().errors == {"DeadlineExceeded": 1}
+
+
+def test_an_asyncio_call_learns_of_its_deadline_in_time(patient_model: Path) -> None:
+    async def ask(session: Session) -> float:
+        begun = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            await session.run_async(feeds(), timeout=0.02)
+        return time.monotonic() - begun
+
+    with load(patient_model, device="cpu", limits=Limits(contexts=1)) as session, busy(session, 1) as (first,):
+        assert asyncio.run(ask(session)) < 60
+        assert not first.done()  # so it did not wait for its turn
+        session.submit(feeds()).result()
+        assert session.metrics().errors == {"DeadlineExceeded": 1}
+
+
+def test_cancelling_drops_what_waits(patient_model: Path) -> None:
+    async def ask_and_leave(session: Session) -> None:
+        task = asyncio.create_task(session.run_async(feeds()))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with load(patient_model, device="cpu", limits=Limits(contexts=1)) as session:
+        with busy(session, 1):
+            future = session.submit(feeds())
+            assert future.cancel()
+            with pytest.raises(CancelledError):
+                future.result()
+            asyncio.run(ask_and_leave(session))
+            session.submit(feeds()).result()
+        assert session.metrics().errors == {"Cancelled": 2}
+        assert session.metrics().answered == 2
+
+
+def test_calls_that_come_together_run_together(model: Path) -> None:
+    batching = Batching(max_batch=8, max_delay=30)  # nothing but a full batch ends the wait
+    with load(model, device="cpu") as alone, load(model, device="cpu", batching=batching) as session:
+        asked = [rows(count, count) for count in (1, 2, 1, 3, 1)]
+        futures = [session.submit(call) for call in asked]
+        for call, future in zip(asked, futures, strict=True):
+            np.testing.assert_allclose(future.result()["output"], alone.run(call)["output"], rtol=1e-6, atol=1e-6)
+        metrics = session.metrics()
+        assert (metrics.runs, metrics.answered) == (1, 5)
+        in_threads(8, lambda index: np.testing.assert_equal(session.run(rows(1))["output"].shape, (1, 16)))
+        assert session.metrics().runs == 2
+        assert session.run(rows(9))["output"].shape == (9, 16)  # more than a batch by itself
+
+
+def test_a_batch_that_does_not_fill_goes_after_its_delay(model: Path) -> None:
+    with load(model, device="cpu", batching=Batching(max_batch=8, max_delay=0.01)) as session:
+        begun = time.monotonic()
+        assert session.run(rows(2))["output"].shape == (2, 16)
+        assert time.monotonic() - begun >= 0.01
+        assert session.metrics().queue.longest >= 0.01
+
+
+def test_a_call_too_many_for_a_batch_waits_for_the_next(model: Path) -> None:
+    with load(model, device="cpu", batching=Batching(max_batch=4, max_delay=30), limits=Limits(contexts=1)) as session:
+        first, large, second = (session.submit(rows(count)) for count in (2, 3, 2))
+        assert [len(future.result()["output"]) for future in (first, second)] == [2, 2]
+        assert session.metrics().runs == 1
+        assert len(session.submit(rows(1)).result()["output"]) == 1  # fills what was left over
+        assert len(large.result()["output"]) == 3
+
+
+def test_the_fault_of_one_call_is_not_its_neighbours(lookup_model: Path) -> None:
+    with load(lookup_model, device="cpu", batching=Batching(max_batch=3, max_delay=30)) as session:
+        futures = [session.submit({"ids": np.array([row])}) for row in (4, 99, 7)]
+        with pytest.raises(RunFailed, match=r"lookup\.onnx fails on inputs of shapes \{'ids': \(1,\)\}"):
+            futures[1].result()
+        assert [futures[index].result()["output"].tolist() for index in (0, 2)] == [[[8, 9]], [[14, 15]]]
+        assert session.metrics().errors == {"RunFailed": 1}
+        assert session.metrics().answered == 2
+
+
+def test_a_network_that_cannot_be_joined_is_refused_and_freed(patient_model: Path) -> None:
+    with pytest.raises(ValueError, match="begin with one dynamic dimension"):
+        load(patient_model, device="cpu", batching=Batching())
+
+
+def replace(target: Path, source: Path) -> None:
+    shutil.copyfile(source, target)
+    shutil.copyfile(manifest_path(source), manifest_path(target))
+
+
+def test_a_reload_swaps_while_calls_go_on(model: Path, other_model: Path, tmp_path: Path) -> None:
+    """Every answer is the old network's or the new one's, and after the reload only the new one's."""
+    old, new = (load(path, device="cpu").run(rows(2))["output"] for path in (model, other_model))
+    live = tmp_path / model.name
+    replace(live, model)
+    with load(live, device="cpu") as session:
+        first = session._engine
+        stop = threading.Event()
+        seen: list[bool] = []
+
+        def call(_: int) -> None:
+            while not stop.is_set():
+                answer = session.run(rows(2))["output"]
+                seen.append(bool((answer == new).all()))
+                assert seen[-1] or (answer == old).all()
+
+        def swap(index: int) -> None:
+            if index > 0:
+                return call(index)
+            try:
+                time.sleep(0.05)
+                replace(live, other_model)
+                session.reload()
+                np.testing.assert_array_equal(session.run(rows(2))["output"], new)
+                session.reload(model)
+                np.testing.assert_array_equal(session.run(rows(2))["output"], old)
+                session.reload(live)
+            finally:
+                stop.set()
+
+        in_threads(4, swap)
+        assert {*seen} == {True, False}
+        assert first.freed(10)
+        assert session.metrics().reloads == 3
+
+
+@pytest.mark.parametrize("fault", ["damaged", "others"])
+def test_a_refused_reload_leaves_the_old_one_answering(model: Path, patient_model: Path, fault: str) -> None:
+    with load(model, device="cpu") as session:
+        before = session.run(rows(2))["output"]
+        if fault == "damaged":
+            model.write_bytes(model.read_bytes()[:-1])
+            with pytest.raises(ArtifactRejected, match="its manifest states"):
+                session.reload()
+        else:
+            with pytest.raises(ArtifactRejected, match=r"callers know .*goes on with model\.fp32\.onnx"):
+                session.reload(patient_model)
+        np.testing.assert_array_equal(session.run(rows(2))["output"], before)
+        assert session.metrics().reloads == 0
+
+
+def test_closing_lets_calls_end_and_refuses_new_ones(patient_model: Path) -> None:
+    session = load(patient_model, device="cpu", limits=Limits(contexts=1))
+    futures = [session.submit(feeds(LONG, value)) for value in (1, 2)]
+    session.close()
+    assert [future.result()["output"][0] for future in futures] == [2, 3]
+    for ask in (session.run, session.submit):
+        with pytest.raises(SessionClosed, match=r"patient\.onnx is closed"):
+            ask(feeds())
+    with pytest.raises(SessionClosed):
+        session.reload()
+    session.close()
+
+
+def test_closing_in_a_hurry_drops_what_waits(patient_model: Path) -> None:
+    session = load(patient_model, device="cpu", limits=Limits(contexts=1))
+    with busy(session, 1) as (running,):
+        waiting = session.submit(feeds())
+        session.close(timeout=0.01)
+        with pytest.raises(SessionClosed):
+            waiting.result()
+    assert running.result()["output"][0] == 2
+    assert session._engine.freed(10)
+    assert session.metrics().errors == {"SessionClosed": 1}
+
+
+def test_a_wrong_feed_is_refused_before_it_queues(model: Path) -> None:
+    with load(model, device="cpu", finite=True) as session:
+        for ask in (session.run, session.submit):
+            with pytest.raises(FeedError, match="missing inputs"):
+                ask({})
+            bad = rows(2)
+            bad["input"][1, 3] = np.inf
+            with pytest.raises(FeedError, match=r"input input is inf at \(1, 3\).*finite=False"):
+                ask(bad)
+        assert session.metrics().errors == {"FeedError": 4}
+        assert session.run(rows(2))["output"].shape == (2, 16)
+
+
+def test_calls_are_told_with_the_callers_context(patient_model: Path) -> None:
+    who: ContextVar[str] = ContextVar("who", default="nobody")
+    told: list[tuple[str, Call]] = []
+
+    def listen(call: Call) -> None:
+        told.append((who.get(), call))
+        raise RuntimeError("must not matter")
+
+    before = time.time_ns()
+    with load(patient_model, device="cpu", on_call=listen) as session:
+        who.set("runner")
+        session.run(feeds(LONG))
+        who.set("submitter")
+        session.submit(feeds()).result()
+        with pytest.raises(FeedError):
+            session.run({})
+    assert [name for name, _ in told] == ["runner", "submitter", "submitter"]
+    ran, queued, failed = (call for _, call in told)
+    assert (ran.artifact, ran.backend, ran.queue, ran.error) == ("patient.onnx", "onnxruntime", 0.0, None)
+    assert ran.run > 0.01
+    assert queued.queue > 0
+    assert before <= ran.started <= ran.started + int(ran.run * 1e9) <= queued.started + 10**6
+    assert isinstance(failed.error, FeedError)
+
+
+def test_what_answers_and_why(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tnm_pipeline.engines"):
+        limits = Limits(contexts=3)
+        with load(model, device="cpu", limits=limits) as session:
+            info = session.info
+    assert (info.artifact, info.backend, info.device, info.precision) == (model.name, "onnxruntime", "cpu", "fp32")
+    assert info.why == "model.fp32.onnx is an ONNX file"
+    assert (info.fallback_reason, info.signed, info.batching, info.limits) == (None, False, None, limits)
+    assert info.sparsity["pattern"] == "2:4"
+    fields: list[Any] = [record.__dict__ for record in caplog.records]
+    assert [(record["event"], record["artifact"]) for record in fields] == [
+        ("loaded", model.name),
+        ("closed", model.name),
+    ]
+    assert fields[0]["sha256"] == info.sha256
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"contexts": 0}, {"queue": 0}, {"patience": 0.0}, {"patience": float("nan")}, {"graphs": -1}]
+)
+def test_bounds_without_sense_are_refused(bounds: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        Limits(**bounds)
