@@ -22,6 +22,7 @@ class Batching:
         pad: Input -> value that fills it up at the end where calls differ in other sizes than the batch, such as the
             length of a sentence: 0 for ids and for their attention mask. Answers are cut to the size of their call.
             Without it, only calls of equal sizes are joined. The network must ignore what is padded.
+        max_padding: Share of a run that may be padding: calls of very different sizes run apart.
 
     Raises:
         ValueError: A bound makes no sense.
@@ -30,12 +31,14 @@ class Batching:
     max_batch: int = 16
     max_delay: float = 0.002
     pad: Mapping[str, float] = field(default_factory=dict)
+    max_padding: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.max_batch < 2 or not self.max_delay >= 0:
+        if self.max_batch < 2 or not self.max_delay >= 0 or not 0 <= self.max_padding < 1:
             raise ValueError(
-                f"batching of max_batch = {self.max_batch} rows and max_delay = {self.max_delay} s: give at least 2 "
-                "rows and no negative time, or load without batching"
+                f"batching of max_batch = {self.max_batch} rows, max_delay = {self.max_delay} s and max_padding = "
+                f"{self.max_padding}: give at least 2 rows, no negative time and a share below 1, or load without "
+                "batching"
             )
 
 
@@ -78,6 +81,10 @@ class Joiner:
     def rows(self, feeds: Feeds) -> int:
         """How many rows a call has."""
         return len(next(iter(feeds.values())))
+
+    def size(self, feeds: Feeds) -> int:
+        """Numbers in a row of the inputs that are padded; 1 where none is."""
+        return sum(feeds[name][0].size for name in self._pad if len(feeds[name])) or 1
 
     def join(self, calls: Sequence[Feeds]) -> dict[str, Array]:
         """One call of all rows, in the order of the calls; all of one key."""

@@ -24,6 +24,7 @@ class Request:
         context: Of the caller, for what observes calls.
         key: Requests of equal keys can be joined.
         rows: How many rows it adds to a batch.
+        size: Numbers in a row; joined rows are padded to the largest.
     """
 
     feeds: Mapping[str, Array]
@@ -33,6 +34,7 @@ class Request:
     context: Context
     key: Hashable
     rows: int
+    size: int
 
 
 class Dispatcher:
@@ -44,6 +46,7 @@ class Dispatcher:
         bound: Requests that may wait.
         max_rows: Of requests answered together; 1 for one request at a time.
         max_delay: Seconds that a request waits for others.
+        max_padding: Share of the numbers of requests answered together that may be padding.
         name: Of the threads.
     """
 
@@ -55,12 +58,14 @@ class Dispatcher:
         bound: int,
         max_rows: int,
         max_delay: float,
+        max_padding: float,
         name: str,
     ) -> None:
         self._answer = answer
         self._bound = bound
         self._max_rows = max_rows
         self._max_delay = max_delay
+        self._max_padding = max_padding
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._gathering = False
@@ -138,17 +143,34 @@ class Dispatcher:
     def _gather(self) -> list[Request]:
         """The first that waits, and those like it that come before its delay is over or the batch is full."""
         first = self._waiting.popleft()
-        gathered, rows, until = [first], first.rows, first.queued + self._max_delay
+        batch = _Batch(first)
+        until = first.queued + self._max_delay
         while True:
-            fitting = []
-            for request in self._waiting:
-                if request.key == first.key and rows + request.rows <= self._max_rows:
-                    fitting.append(request)
-                    rows += request.rows
-            for request in fitting:
-                self._waiting.remove(request)
-            gathered += fitting
+            for request in sorted(self._waiting, key=lambda request: abs(request.size - first.size)):
+                if batch.takes(request, self._max_rows, self._max_padding):
+                    self._waiting.remove(request)
             left = until - time.monotonic()
-            if rows >= self._max_rows or left <= 0 or self._closed:
-                return gathered
+            if batch.rows >= self._max_rows or left <= 0 or self._closed:
+                return batch.requests
             self._changed.wait(left)
+
+
+class _Batch:
+    """Requests to be answered together."""
+
+    def __init__(self, first: Request) -> None:
+        self.requests = [first]
+        self.rows = first.rows
+        self._largest = first.size
+        self._numbers = first.rows * first.size  # padding not counted
+
+    def takes(self, request: Request, max_rows: int, max_padding: float) -> bool:
+        """Add a request if it fits."""
+        rows, largest = self.rows + request.rows, max(self._largest, request.size)
+        numbers = self._numbers + request.rows * request.size
+        fits = request.key == self.requests[0].key and rows <= max_rows
+        if not fits or numbers < (1 - max_padding) * rows * largest:
+            return False
+        self.requests.append(request)
+        self.rows, self._largest, self._numbers = rows, largest, numbers
+        return True

@@ -62,6 +62,7 @@ class Session:
             bound=limits.queue,
             max_rows=batching.max_batch if batching else 1,
             max_delay=batching.max_delay if batching else 0.0,
+            max_padding=batching.max_padding if batching else 0.0,
             name=f"tnm-engines-{path.name}",
         )
         self._tell(logging.WARNING if self.fallback_reason else logging.INFO, "loaded")
@@ -185,6 +186,7 @@ class Session:
                 context=copy_context(),
                 key=joiner.key(checked) if joiner else None,
                 rows=joiner.rows(checked) if joiner else 1,
+                size=joiner.size(checked) if joiner else 1,
             )
             self._dispatcher.put(request)
         except Exception as error:

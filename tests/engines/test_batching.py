@@ -30,6 +30,7 @@ def test_calls_of_other_lengths_are_answered_as_if_alone() -> None:
     calls = [call(1, 5, 0), call(3, 2, 1), call(2, 9, 2)]
     assert len({joiner.key(feeds) for feeds in calls}) == 1
     assert [joiner.rows(feeds) for feeds in calls] == [1, 3, 2]
+    assert [joiner.size(feeds) for feeds in calls] == [10, 4, 18]
     joined = joiner.join(calls)
     assert joined["ids"].shape == joined["mask"].shape == (6, 9)
     assert joined["ids"].dtype == np.int64
@@ -78,7 +79,9 @@ def test_what_cannot_be_joined_is_refused(
         Joiner(batching, inputs, outputs)
 
 
-@pytest.mark.parametrize("bounds", [{"max_batch": 1}, {"max_delay": -1.0}, {"max_delay": float("nan")}])
+@pytest.mark.parametrize(
+    "bounds", [{"max_batch": 1}, {"max_delay": -1.0}, {"max_delay": float("nan")}, {"max_padding": 1.0}]
+)
 def test_bounds_without_sense_are_refused(bounds: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="or load without batching"):
         Batching(**bounds)

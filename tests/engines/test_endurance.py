@@ -80,8 +80,8 @@ class Caller(threading.Thread):
 def test_a_minute_of_load_reloads_and_deadlines(model: Path, other_model: Path, batching: Batching | None) -> None:
     """8 threads, mixed sizes, random deadlines, another network every 5 s: answers to the bit, no growth of memory.
 
-    Joined calls have the same bits here because a layer of eight inputs is summed in one order whatever the batch; larger
-    networks may round differently in a batch.
+    Joined calls have the same bits here because a layer of eight inputs is summed in one order whatever the batch;
+    larger networks may round differently in a batch.
     """
     rng = np.random.default_rng(0)
     feeds = {size: {"input": rng.standard_normal((size, 8)).astype(np.float32)} for size in SIZES}
