@@ -153,7 +153,13 @@ class Loader:
 
 
 def _onnxruntime(content: Content, loader: Loader) -> Backend:
-    from tnm_pipeline.engines.backends.onnxruntime import OnnxRuntimeBackend
+    try:
+        from tnm_pipeline.engines.backends.onnxruntime import OnnxRuntimeBackend
+    except ImportError as error:
+        raise EnvironmentLacks(
+            f"{content.manifest.artifact} needs ONNX Runtime: {error}. Run `pip install onnxruntime`, or on a machine "
+            "with a GPU `pip install 'onnxruntime-gpu[cuda,cudnn]'`"
+        ) from error
 
     return OnnxRuntimeBackend(
         content.manifest,

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from tnm_pipeline.engines import (
@@ -27,8 +29,10 @@ from tnm_pipeline.engines import (
     Session,
     SessionClosed,
     load,
+    write_manifest,
 )
-from tnm_pipeline.engines.artifact import manifest_path
+from tnm_pipeline.engines.artifact import manifest_path, read_verified, sha256_of
+from tnm_pipeline.engines.manifest import ExternalFile
 
 LONG, SHORT = 200_000, 1  # rounds: a fifth of a second, and nothing
 
@@ -257,6 +261,31 @@ def test_a_refused_reload_leaves_the_old_one_answering(model: Path, patient_mode
                 session.reload(patient_model)
         np.testing.assert_array_equal(session.run(rows(2))["output"], before)
         assert session.metrics().reloads == 0
+
+
+@pytest.mark.parametrize("fate", ["removed", "truncated", "overwritten"])
+def test_files_that_change_under_a_session_do_not_reach_it(model: Path, tmp_path: Path, fate: str) -> None:
+    """Weights beside the graph too: ONNX Runtime alone would map their file, and die of a truncation."""
+    apart = tmp_path / "apart.onnx"
+    onnx.save(onnx.load(model), apart, save_as_external_data=True, location="apart.onnx.data", size_threshold=0)
+    weights = tmp_path / "apart.onnx.data"
+    facts = read_verified(model).manifest
+    external = (ExternalFile(weights.name, sha256_of(weights), weights.stat().st_size),)
+    stated = replace_fields(
+        facts, artifact=apart.name, sha256=sha256_of(apart), bytes=apart.stat().st_size, external=external
+    )
+    write_manifest(apart, stated)
+    with load(model, device="cpu") as inside, load(apart, device="cpu") as session:
+        for path in (apart, weights):
+            if fate == "removed":
+                path.unlink()
+            else:
+                with path.open("r+b") as file:
+                    file.write(b"\xff" * path.stat().st_size) if fate == "overwritten" else file.truncate(0)
+        np.testing.assert_array_equal(session.run(rows(3))["output"], inside.run(rows(3))["output"])
+        with pytest.raises(ArtifactRejected):
+            session.reload()
+        np.testing.assert_array_equal(session.run(rows(3))["output"], inside.run(rows(3))["output"])
 
 
 def test_closing_lets_calls_end_and_refuses_new_ones(patient_model: Path) -> None:

@@ -121,6 +121,38 @@ print(sorted({"torch", "onnx", "tensorrt", "tensorrt_rtx"} & set(sys.modules)))
     assert in_fresh_process(code, str(model)).strip() == "[]"
 
 
+def test_numpy_and_a_runtime_are_enough(model: Path) -> None:
+    """All that is loaded besides Python's own: what a bare machine must have."""
+    code = """
+import sys
+import numpy
+from tnm_pipeline.engines import Batching, load
+feeds = {"input": numpy.zeros((2, 8), "float32")}
+with load(sys.argv[1], device="cpu", batching=Batching()) as session:
+    session.run(feeds)
+    session.metrics()
+for name, module in sorted(sys.modules.items()):
+    if "site-packages" in str(getattr(module, "__file__", "")) and not name.startswith("_"):
+        print(name.partition(".")[0])
+"""
+    assert set(in_fresh_process(code, str(model)).split()) <= {"numpy", "onnxruntime", "sitecustomize"}
+
+
+def test_without_onnx_runtime_the_command_is_named(model: Path) -> None:
+    code = """
+import sys
+sys.modules["onnxruntime"] = None
+from tnm_pipeline.engines import EnvironmentLacks, load
+try:
+    load(sys.argv[1])
+except EnvironmentLacks as error:
+    print(error)
+"""
+    said = in_fresh_process(code, str(model))
+    assert said.startswith("model.fp32.onnx needs ONNX Runtime: ")
+    assert "pip install onnxruntime" in said
+
+
 @without_gpu
 def test_a_plan_without_a_gpu_says_what_to_do_and_imports_no_tensorrt(plan: Path, model: Path) -> None:
     code = """
