@@ -1,6 +1,6 @@
 """Production inference: load a verified artifact and run it. Imports neither torch nor a sibling package."""
 
-from tnm_pipeline.engines.artifact import verify_artifact, write_manifest
+from tnm_pipeline.engines.artifact import sign_artifact, verify_artifact, write_manifest
 from tnm_pipeline.engines.batching import Batching
 from tnm_pipeline.engines.calls import Call
 from tnm_pipeline.engines.errors import (
@@ -9,6 +9,7 @@ from tnm_pipeline.engines.errors import (
     DeviceOutOfMemory,
     EnvironmentLacks,
     FeedError,
+    KeyRejected,
     Overloaded,
     RunFailed,
     SessionClosed,
@@ -29,6 +30,7 @@ __all__ = [
     "DeviceOutOfMemory",
     "EnvironmentLacks",
     "FeedError",
+    "KeyRejected",
     "Limits",
     "Manifest",
     "Metrics",
@@ -40,6 +42,7 @@ __all__ = [
     "SignatureRejected",
     "TensorSpec",
     "load",
+    "sign_artifact",
     "verify_artifact",
     "write_manifest",
 ]

@@ -12,6 +12,10 @@ class SignatureRejected(ArtifactRejected):
     """A signature was demanded, and there is none, or it is of another key or another manifest."""
 
 
+class KeyRejected(ValueError):
+    """A file or bytes given as a key are none for Ed25519, or a password does not open it."""
+
+
 class EnvironmentLacks(RuntimeError):
     """This machine has no driver, GPU, runtime library or provider that the artifact needs."""
 

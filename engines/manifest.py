@@ -1,18 +1,23 @@
 """The facts that stand beside an artifact, and their JSON form.
 
 The manifest's own digest catches edits and damage, not an attacker who can rewrite manifest and artifact: it is a
-checksum, not a signature.
+checksum. A signature (`engines.signature`) is what such an attacker cannot make.
+
+Versions. A manifest states a schema. Schema 1 is the fields of `Manifest`, all of them and no others. What a reader of
+schema 1 may carry without understanding goes into `provenance` and `sparsity`, whose keys are free, and needs no new
+schema. Anything that a reader has to know is a new one: another field, another meaning, another value of `backend`,
+`precision` or a dtype. A release writes its newest schema and reads that and all older ones; a newer one is refused,
+naming both. See docs/decisions/0018-manifest.md.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import PurePosixPath, PureWindowsPath
+from dataclasses import asdict, dataclass, field, fields
 
-from tnm_pipeline.engines import decode
+from tnm_pipeline.engines import decode, strict_json
 from tnm_pipeline.engines.errors import ArtifactRejected
+from tnm_pipeline.engines.filenames import check_file_name, check_relative_path
 from tnm_pipeline.engines.tensors import Ranges, TensorSpec, check_ranges, read_ranges, tensor_spec
 
 __all__ = ["BACKENDS", "PRECISIONS", "SCHEMA", "ExternalFile", "Manifest", "Ranges", "TensorSpec"]
@@ -23,6 +28,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMPUTE_CAPABILITY = re.compile(r"[1-9][0-9]*\.[0-9]")
+_VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]*")  # complaints put it into a command to be copied
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class ExternalFile:
     bytes: int
 
     def __post_init__(self) -> None:
-        _check_file(self.name, self.sha256, self.bytes)
+        _check_file(self.name, "an external file", self.sha256, self.bytes)
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,16 @@ class Manifest:
             the building GPU; empty for an ONNX artifact.
         gpu: Name of the building machine's GPU, None without one.
         driver: Its driver version, None without one.
-        sparsity: The summary of the sparsity report; any JSON object.
+        sparsity: The summary of the sparsity report, and of a plan `verdict`, what became of each layer; any JSON
+            object.
         profiles: The optimisation profiles of a plan in their order: a call is answered by one whose ranges hold all
             its sizes. Empty for an ONNX artifact, and for a plan of fixed sizes.
         external: Files beside an ONNX artifact that hold its larger weights; empty where all are inside.
+        operating_system: The one that a plan runs on (`"linux"`, `"windows"`); None where it runs on every one that
+            its runtime supports, as ONNX files and TensorRT-RTX plans do.
+        cpu_architecture: Likewise that of the CPU (`"x86_64"`, `"aarch64"`).
+        provenance: Where the artifact comes from; any JSON object, which no reader has to understand. Our exporter
+            states `packages` (name -> version), and `checkpoint_sha256` and `settings_sha256` where it knows them.
 
     Raises:
         ArtifactRejected: A value is outside what this schema allows.
@@ -94,11 +106,16 @@ class Manifest:
     sparsity: Mapping[str, object]
     profiles: tuple[Ranges, ...] = ()
     external: tuple[ExternalFile, ...] = ()
+    operating_system: str | None = None
+    cpu_architecture: str | None = None
+    provenance: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_file(self.artifact, self.sha256, self.bytes)
+        _check_file(self.artifact, "artifact", self.sha256, self.bytes)
         decode.require(self.backend in BACKENDS, f"backend is {self.backend!r}; known: {', '.join(BACKENDS)}")
-        decode.require(bool(self.backend_version), "backend_version is empty")
+        decode.require(
+            bool(_VERSION.fullmatch(self.backend_version)), f"backend_version is no version: {self.backend_version!r}"
+        )
         decode.require(self.precision in PRECISIONS, f"precision is {self.precision!r}; known: {', '.join(PRECISIONS)}")
         for capability in self.compute_capabilities:
             decode.require(
@@ -107,27 +124,34 @@ class Manifest:
             )
         for index, ranges in enumerate(self.profiles):
             check_ranges(ranges, f"profile {index}")
+            unknown = sorted(set(ranges).difference(*(spec.shape for spec in self.inputs)))
+            decode.require(not unknown, f"profile {index} has a range for {decode.shown(unknown)}, which no input has")
         for side, specs in (("inputs", self.inputs), ("outputs", self.outputs)):
             names = [spec.name for spec in specs]
             decode.require(
-                len(set(names)) == len(names) > 0, f"{side} must be one or more different names, not {names}"
+                len(set(names)) == len(names) > 0,
+                f"{side} must be one or more different names, not {decode.shown(names)}",
             )
+        beside = [file.name for file in self.external]
+        decode.require(len(set(beside)) == len(beside), f"external lists a file twice: {decode.shown(beside)}")
         if self.backend == "onnxruntime":
             decode.require(not self.compute_capabilities, "an ONNX artifact has no compute capabilities")
             decode.require(not self.profiles, "an ONNX artifact has no profiles")
+            decode.require(self.operating_system is None, "an ONNX artifact runs on every operating system")
         else:
             decode.require(not self.external, f"a {self.backend} plan has no external files")
             decode.require(bool(self.compute_capabilities), f"a {self.backend} plan lists no compute capability")
+        decode.require(
+            (self.operating_system is None) == (self.cpu_architecture is None),
+            "operating_system and cpu_architecture go together",
+        )
+        decode.require("" not in (self.operating_system, self.cpu_architecture), "a machine is an empty text")
         decode.require(
             (self.source_onnx is None) == (self.source_sha256 is None),
             "source_onnx and source_sha256 go together",
         )
         if self.source_onnx is not None and self.source_sha256 is not None:
-            absolute = PurePosixPath(self.source_onnx).is_absolute() or bool(PureWindowsPath(self.source_onnx).anchor)
-            decode.require(
-                not absolute and "\\" not in self.source_onnx and self.source_onnx != "",
-                f"source_onnx must be a relative path with forward slashes, not {self.source_onnx!r}",
-            )
+            check_relative_path(self.source_onnx, "source_onnx")
             decode.require(
                 bool(_SHA256.fullmatch(self.source_sha256)),
                 f"source_sha256 is not 64 hex digits: {self.source_sha256!r}",
@@ -136,7 +160,7 @@ class Manifest:
     def to_json(self) -> str:
         """Canonical JSON with `schema` and `digest`: equal manifests give equal bytes (no timestamps)."""
         record = {**asdict(self), "schema": SCHEMA}
-        return _canonical({**record, "digest": _digest(record)})
+        return strict_json.write({**record, "digest": _digest(record)})
 
     @staticmethod
     def from_json(text: str) -> "Manifest":
@@ -149,19 +173,11 @@ class Manifest:
             The manifest; `Manifest.from_json(m.to_json()) == m`.
 
         Raises:
-            ArtifactRejected: Not JSON, another schema, a wrong digest, unknown, missing or repeated keys, or
-                wrong types.
+            ArtifactRejected: Not what `strict_json.read` accepts, another schema, a wrong digest, unknown or missing
+                keys, or wrong types.
         """
-        try:
-            content = json.loads(text, object_pairs_hook=decode.unique_keys, parse_constant=decode.no_constant)
-        except (ValueError, RecursionError) as error:  # ValueError: bad syntax, a repeated key, a 5000-digit number
-            raise ArtifactRejected(f"not valid JSON: {error}") from error
-        record = decode.mapping(content, "the manifest")
-        schema = record.get("schema")
-        decode.require(
-            schema == SCHEMA and schema is not True,
-            f"schema is {schema!r}; this version reads schema {SCHEMA}",
-        )
+        record = decode.mapping(strict_json.read(text), "the manifest")
+        _check_schema(record.get("schema"))
         decode.exact_keys(record, [*(f.name for f in fields(Manifest)), "schema", "digest"], "the manifest")
         stated = decode.text(record.pop("digest"), "digest")
         actual = _digest(record)
@@ -187,14 +203,26 @@ class Manifest:
             sparsity=decode.mapping(record["sparsity"], "sparsity"),
             profiles=decode.sequence(record["profiles"], "profiles", read_ranges),
             external=decode.sequence(record["external"], "external", _external_file),
+            operating_system=decode.optional(record["operating_system"], "operating_system", decode.text),
+            cpu_architecture=decode.optional(record["cpu_architecture"], "cpu_architecture", decode.text),
+            provenance=decode.mapping(record["provenance"], "provenance"),
         )
 
 
-def _check_file(name: str, sha256: str, size: int) -> None:
-    decode.require(
-        PureWindowsPath(name).name == name not in ("", ".."),
-        f"artifact must be a bare file name, not {name!r}",
-    )
+def _check_schema(schema: object) -> None:
+    if isinstance(schema, int) and not isinstance(schema, bool):
+        if schema == SCHEMA:
+            return
+        if schema > SCHEMA:
+            raise ArtifactRejected(
+                f"schema is {schema}; this version reads schema {SCHEMA}: run `pip install --upgrade tnm-pipeline`, or "
+                "export the artifact again with the version that is installed here"
+            )
+    raise ArtifactRejected(f"schema is {decode.shown(schema)}; this version reads schema {SCHEMA}, the first there was")
+
+
+def _check_file(name: str, what: str, sha256: str, size: int) -> None:
+    check_file_name(name, what)
     decode.require(bool(_SHA256.fullmatch(sha256)), f"sha256 is not 64 hex digits: {sha256!r}")
     decode.require(size >= 0, f"bytes is {size}")
 
@@ -209,9 +237,5 @@ def _external_file(value: object, key: str) -> ExternalFile:
     )
 
 
-def _canonical(record: Mapping[str, object]) -> str:
-    return json.dumps(record, sort_keys=True, indent=2, allow_nan=False) + "\n"
-
-
 def _digest(record: Mapping[str, object]) -> str:
-    return hashlib.sha256(_canonical(record).encode()).hexdigest()
+    return hashlib.sha256(strict_json.write(record).encode()).hexdigest()
