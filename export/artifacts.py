@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from google.protobuf.message import DecodeError, Message  # type: ignore[import-
 
 from tnm_pipeline.engines.artifact import sha256_of
 from tnm_pipeline.engines.manifest import ExternalFile, Manifest, Ranges, TensorSpec
+from tnm_pipeline.export.environment import package_versions
 from tnm_pipeline.export.errors import ExportRejected
 from tnm_pipeline.training.atomic import write_atomically
 
@@ -21,6 +23,7 @@ from tnm_pipeline.training.atomic import write_atomically
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 DATA = ".data"  # appended to the name of an ONNX file: the weights that do not fit into it
 EXTERNAL_ABOVE = 3 << 29  # 1.5 GiB of weights
+_WRITERS = ("tnm-pipeline", "torch", "onnx", "onnxscript")  # what decides the bytes of an ONNX file
 _INSIDE = 1 << 10  # bytes; smaller tensors, such as shapes, stay in the graph, where checkers want them
 
 
@@ -255,16 +258,23 @@ def _span(name: str, dim: str, profiles: Sequence[Ranges]) -> tuple[int, int, in
     return low, profiles[0][dim][1], high
 
 
-def onnx_manifest(path: Path, *, precision: str, sparsity: Mapping[str, object]) -> Manifest:
+def onnx_manifest(
+    path: Path,
+    *,
+    precision: str,
+    sparsity: Mapping[str, object],
+    provenance: Mapping[str, object] = MappingProxyType({}),
+) -> Manifest:
     """The facts of an ONNX artifact, ready for `engines.manifest.write_manifest`.
 
     Args:
         path: A file that `publish_onnx` wrote.
         precision: `"fp32"`, `"fp16"` or `"bf16"`: the type of its weights.
         sparsity: `SparsityReport.summary()` of the same file.
+        provenance: What else is known of where it comes from, besides the versions of packages, which are added.
 
     Returns:
-        The manifest; equal files give equal manifests.
+        The manifest; equal files, facts and versions give equal manifests.
 
     Raises:
         ExportRejected: The file is not ONNX.
@@ -288,4 +298,5 @@ def onnx_manifest(path: Path, *, precision: str, sparsity: Mapping[str, object])
         driver=None,
         sparsity=sparsity,
         external=(ExternalFile(data.name, sha256_of(data), data.stat().st_size),) if data.is_file() else (),
+        provenance={**provenance, "packages": package_versions(*_WRITERS)},
     )

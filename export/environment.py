@@ -36,7 +36,7 @@ def environment() -> dict[str, object]:
         "cuda_driver": driver.cuda_version,
         "os": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := package_version(name)) is not None},
+        "packages": package_versions(*_PACKAGES),
     }
 
 
@@ -49,6 +49,11 @@ def _cpu_model() -> str:
             if key.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Distribution -> installed version, of those that are installed."""
+    return {name: version for name in packages if (version := package_version(name)) is not None}
 
 
 def package_version(package: str) -> str | None:

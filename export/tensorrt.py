@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from tnm_pipeline.engines.artifact import sha256_of, write_manifest
 from tnm_pipeline.engines.driver import Driver, probe
 from tnm_pipeline.engines.errors import EnvironmentLacks
+from tnm_pipeline.engines.machine import this_machine
 from tnm_pipeline.engines.manifest import Manifest, Ranges, TensorSpec
 from tnm_pipeline.export.building.engine_precision import check_engine_precision
 from tnm_pipeline.export.building.log import BuildLog
@@ -24,6 +26,7 @@ from tnm_pipeline.export.building.profiles import profiles_of, shapes_of
 from tnm_pipeline.export.building.progress import BuildProgress
 from tnm_pipeline.export.building.request import BuildRequest, Built
 from tnm_pipeline.export.building.rtx_plan import capabilities_in_header
+from tnm_pipeline.export.environment import package_versions
 from tnm_pipeline.export.errors import BuildFailed, BuildSettingError, ExportRejected
 
 BUILDERS = ("tensorrt", "tensorrt_rtx")
@@ -113,6 +116,7 @@ def build_plan(
     compute_capabilities: Sequence[str] = ("8.0", "8.9", "12.0"),
     keep_fp32: Collection[str] = (),
     options: BuildOptions = BuildOptions(),
+    provenance: Mapping[str, object] = MappingProxyType({}),
     on_progress: Progress | None = None,
 ) -> BuildReport:
     """Build a strongly typed plan in a process of its own, and write it with its manifest.
@@ -130,6 +134,8 @@ def build_plan(
             the GPU of this machine only and ignores them.
         keep_fp32: Names of nodes that compute in fp32 whatever `precision` says.
         options: How to build.
+        provenance: What else is known of where the plan comes from, for the manifest, which states the versions of
+            packages too.
         on_progress: Called after every step of every phase, and at least once a second. What it raises,
             `KeyboardInterrupt` included, ends the build's process and comes out of this function.
 
@@ -150,6 +156,8 @@ def build_plan(
     begun = time.perf_counter()
     driver = probe()
     name = _choose(backend, driver)
+    # TensorRT-RTX plans run on Linux and Windows alike. Source: NVIDIA, "CPU-Only AOT and TensorRT-RTX Engines".
+    machine = this_machine()._asdict() if name == "tensorrt" else {}
     graph = read_onnx(onnx_path).graph
     used = profiles_of(tensor_specs(graph.input), profiles)
     inputs = tensor_specs(graph.input, used)
@@ -198,6 +206,8 @@ def build_plan(
             driver=None if driver.cuda_version is None else f"CUDA {driver.cuda_version}",
             sparsity=sparsity,
             profiles=used,
+            **machine,
+            provenance={**provenance, "packages": package_versions("tnm-pipeline", "onnx", name.replace("_", "-"))},
         )
         draft.replace(plan_path)
     finally:

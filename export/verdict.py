@@ -65,6 +65,21 @@ class Verdict:
         """JSON-able data."""
         return asdict(self)
 
+    def for_manifest(self) -> dict[str, object]:
+        """What goes into a manifest: of each layer what was promised and observed, and the keys of the reasons."""
+        layers = [
+            {
+                "layer": layer.name,
+                "pattern": layer.pattern,
+                "holds": layer.holds,
+                "eligible": layer.eligible,
+                "picked": layer.picked,
+                "why": [reason.key for reason in layer.why],
+            }
+            for layer in self.layers
+        ]
+        return {"summary": self.summary, "layers": layers}
+
 
 def verdict(onnx_path: Path, report: SparsityReport, plan: PlanFacts | None = None) -> Verdict:
     """Say of every weight whether it is sparse in a plan, and why not.

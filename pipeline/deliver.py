@@ -1,8 +1,9 @@
 """The stages that make what is deployed: export, build."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,8 @@ from tnm_pipeline.export.precision import OPSET_OF, Half, retype
 from tnm_pipeline.export.signature import BATCH, call, named_outputs
 from tnm_pipeline.export.sparsity import SparsityReport, inspect_onnx
 from tnm_pipeline.export.tensorrt import BuildOptions, BuildReport, build_plan
-from tnm_pipeline.export.verdict import verdict
+from tnm_pipeline.export.verdict import Verdict, verdict
+from tnm_pipeline.export.verdicts.comparison import VERDICT
 from tnm_pipeline.export.verdicts.sightings import PlanFacts
 from tnm_pipeline.export.verify import Tally, check
 from tnm_pipeline.pipeline.calls import emulates, open_graph, real_tokens, sample_calls
@@ -49,7 +51,8 @@ def export(context: Context) -> dict[str, Any]:
             path = fp32.with_name(f"{name}.{precision}.onnx")
             if precision != "fp32":
                 _write_half(config, model, calls, fp32, path, precision)
-            facts = _describe(path, precision, checkpoint)
+            origin = {"checkpoint_sha256": sha256_of(context.inputs[label]), **_settings_hash(context)}
+            facts = _describe(path, precision, checkpoint, origin)
             files.append(facts | {"parity": _gate(model, calls, path, precision)})
             context.progress(len(files), len(config.export.precisions) + ("dense" in context.inputs))
     return {"files": files, "ranges": ranges}
@@ -95,7 +98,10 @@ def build(context: Context) -> dict[str, Any]:
     """Build the plan with sparse weights allowed, and its twin from the same file with the flag off."""
     trt = context.config.trt
     onnx_path = context.inputs["onnx"]
-    summary = read_manifest(onnx_path).sparsity
+    source = read_manifest(onnx_path)
+    summary = source.sparsity
+    patterns = {layer: Pattern.parse(str(pattern)) for layer, pattern in _patterns(summary).items()}
+    counted = inspect_onnx(onnx_path, patterns)
     ranges = json.loads(context.inputs["export result"].read_text(encoding="utf-8"))["ranges"]
     _check_profiles(trt.profiles, ranges)
     # Down to 1, whatever the samples' smallest is: that costs a plan nothing, and production sends short inputs.
@@ -104,7 +110,7 @@ def build(context: Context) -> dict[str, Any]:
     options = trt.model_dump(include={field.name for field in fields(BuildOptions)})
     plans: dict[str, Path] = {}
     built: list[dict[str, Any]] = []
-    verdicts: dict[str, Any] = {}
+    verdicts: dict[str, Verdict] = {}
 
     def report_phase(progress: BuildProgress) -> None:
         context.progress(progress.done, progress.total)
@@ -124,17 +130,18 @@ def build(context: Context) -> dict[str, Any]:
             compute_capabilities=trt.compute_capabilities,
             keep_fp32=context.config.export.keep_fp32,
             options=BuildOptions(**options),
+            provenance={"source": source.provenance, **_settings_hash(context)},
             on_progress=report_phase,
         )
         built.append(_facts(plans[name], report))
-        if name == "sparse":
-            patterns = {layer: Pattern.parse(str(pattern)) for layer, pattern in _patterns(summary).items()}
-            verdicts = verdict(onnx_path, inspect_onnx(onnx_path, patterns), PlanFacts.of(report)).to_dict()
+        verdicts[name] = verdict(onnx_path, counted, PlanFacts.of(report))
+        found = {**summary, VERDICT: verdicts[name].for_manifest()}
+        write_manifest(plans[name], replace(report.manifest, sparsity=found))
     return {
         "plans": built,
         "identical": built[0]["sha256"] == built[1]["sha256"],
         "engine": deploy(context.config, plans),
-        "verdict": verdicts,
+        "verdict": verdicts["sparse"].to_dict(),
     }
 
 
@@ -173,9 +180,15 @@ def _patterns(summary: Mapping[str, object]) -> Mapping[str, object]:
     return patterns
 
 
-def _describe(path: Path, precision: str, checkpoint: Checkpoint) -> dict[str, Any]:
+def _settings_hash(context: Context) -> dict[str, str]:
+    """What tells whether two artifacts were made with the same settings."""
+    text = json.dumps(context.settings, sort_keys=True)
+    return {"settings_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _describe(path: Path, precision: str, checkpoint: Checkpoint, origin: Mapping[str, object]) -> dict[str, Any]:
     report = recount(path, checkpoint)
-    write_manifest(path, onnx_manifest(path, precision=precision, sparsity=report.summary()))
+    write_manifest(path, onnx_manifest(path, precision=precision, sparsity=report.summary(), provenance=origin))
     facts = {"file": path.name, "precision": precision, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return facts | {"sparsity": report.to_dict()}
 

@@ -21,6 +21,7 @@ from tnm_pipeline.engines import (
 from tnm_pipeline.engines.artifact import manifest_path, read_manifest, verify_artifact
 from tnm_pipeline.export.counting import TENSORRT_PATTERN
 from tnm_pipeline.export.sparsity import LayerSparsity, SparsityReport, UnreadWeight, inspect_onnx
+from tnm_pipeline.export.verdicts.comparison import VERDICT
 from tnm_pipeline.pipeline.source import source_of
 from tnm_pipeline.training.pattern import Pattern
 
@@ -224,12 +225,13 @@ def _row(layer: LayerSparsity) -> Row:
 
 def _plan_facts(path: Path, manifest: Manifest) -> Facts:
     capabilities = ", ".join(manifest.compute_capabilities)
+    of_the_source = {key: value for key, value in manifest.sparsity.items() if key != VERDICT}
     lines = [
         f"built by {manifest.backend} {manifest.backend_version} for compute capability {capabilities}",
         f"sparse weights flag: {'on' if manifest.sparse_weights_flag else 'off'}",
         f"source: {manifest.source_onnx}",
         f"inputs: {', '.join(map(_tensor, manifest.inputs))}; outputs: {', '.join(map(_tensor, manifest.outputs))}",
-        f"sparsity of its source: {dict(manifest.sparsity)}",
+        f"sparsity of its source: {of_the_source}",
         f"check it with: tnm-pipeline verify {path}",
     ]
     return Facts(f"{path}: {manifest.backend} plan, {manifest.precision}, {manifest.bytes:,} bytes", [], lines)

@@ -94,7 +94,13 @@ def _execute(
             folder = cache.begin(stage.name, key)
             task = progress.add_task(label, total=None)
             context = Context(
-                config, folder, stage.inputs, _reporter(progress, task), should_stop, _speaker(progress.console)
+                config=config,
+                settings=stage.settings,
+                folder=folder,
+                inputs=stage.inputs,
+                progress=_reporter(progress, task),
+                should_stop=should_stop,
+                say=_speaker(progress.console),
             )
             result = _body(stage)(context)
             write_atomically(folder / RESULT, (json.dumps(result, indent=2) + "\n").encode())

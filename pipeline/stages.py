@@ -33,6 +33,7 @@ class Context:
 
     Attributes:
         config: of the run.
+        settings: the part of it that the stage depends on.
         folder: the stage's own, which exists.
         inputs: label -> file that an earlier stage, or the user, made.
         progress: told (steps done, steps in all).
@@ -41,6 +42,7 @@ class Context:
     """
 
     config: Config
+    settings: Mapping[str, Any]
     folder: Path
     inputs: Mapping[str, Path]
     progress: Callable[[int, int], None]

@@ -1,13 +1,14 @@
 """What two engines, or one at several batches, say about themselves before anybody blames sparsity."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from tnm_pipeline.engines.manifest import Manifest
 from tnm_pipeline.export.reasons import Finding, finding
 
-# The flag and the file's own identity may differ between a plan and its dense twin, and nothing else.
-_MAY_DIFFER = ("artifact", "sha256", "bytes", "sparse_weights_flag")
+# The flag and the file's own identity may differ between a plan and its dense twin, and what follows from them.
+_MAY_DIFFER = ("artifact", "sha256", "bytes", "sparse_weights_flag", "provenance")
+VERDICT = "verdict"  # key of `Manifest.sparsity` in a plan
 _FLAT = 1.1  # a call that takes hardly longer with twice the batch
 
 
@@ -33,9 +34,15 @@ def compare_twins(sparse: Manifest, dense: Manifest) -> Finding | None:
     Returns:
         `twins-differ`, naming the fields; None where the comparison is fair.
     """
-    ours, theirs = asdict(sparse), asdict(dense)
+    ours, theirs = _settings(sparse), _settings(dense)
     fields = [name for name in ours if name not in _MAY_DIFFER and ours[name] != theirs[name]]
     return finding("twins-differ", fields=", ".join(fields)) if fields else None
+
+
+def _settings(manifest: Manifest) -> dict[str, object]:
+    """All that is stated, but not what became of each layer: that is what twins are made to find out."""
+    sparsity = {key: value for key, value in manifest.sparsity.items() if key != VERDICT}
+    return asdict(replace(manifest, sparsity=sparsity))
 
 
 def launch_finding(median_us: Mapping[int, float], batch: int) -> Finding | None:

@@ -7,6 +7,7 @@ from onnx import TensorProto, helper
 from tests.export.conftest import Exported
 from tnm_pipeline.engines import verify_artifact, write_manifest
 from tnm_pipeline.export.artifacts import onnx_manifest, publish_onnx, read_onnx, tensor_specs
+from tnm_pipeline.export.environment import package_versions
 from tnm_pipeline.export.errors import ExportRejected
 from tnm_pipeline.training.atomic import write_atomically
 
@@ -56,6 +57,9 @@ def test_manifest_describes_the_file(mlp: Exported) -> None:
     assert manifest.inputs[0].shape == ("batch", 16)
     assert manifest.outputs[0].shape == ("batch", 10)
     assert manifest.inputs[0].dtype == "float32"
+    assert manifest.provenance == {"packages": package_versions("tnm-pipeline", "torch", "onnx", "onnxscript")}
+    known = onnx_manifest(mlp.fp32, precision="fp32", sparsity={}, provenance={"checkpoint_sha256": "0" * 64})
+    assert known.provenance == {**manifest.provenance, "checkpoint_sha256": "0" * 64}
 
 
 def test_a_plan_needs_a_range_of_every_dynamic_dimension() -> None:

@@ -19,6 +19,7 @@ from tnm_pipeline.export import tensorrt
 from tnm_pipeline.export.artifacts import tensor_specs
 from tnm_pipeline.export.building.progress import BuildProgress
 from tnm_pipeline.export.building.rtx_plan import capabilities_in_header
+from tnm_pipeline.export.environment import package_versions
 from tnm_pipeline.export.errors import BuildFailed, BuildSettingError, ExportRejected
 from tnm_pipeline.export.sparsity import inspect_onnx
 from tnm_pipeline.export.tensorrt import BuildOptions, BuildReport, available_builders, build_plan
@@ -70,6 +71,8 @@ def test_plan_and_manifest(name: str, tmp_path: Path, request: pytest.FixtureReq
     assert {spec.dtype for spec in (*manifest.inputs, *manifest.outputs)} == {"float32"}
     assert (tmp_path / (manifest.source_onnx or "")).resolve() == exported.fp16.resolve()
     assert manifest.sparsity["eligible"] == 1
+    assert (manifest.operating_system, manifest.cpu_architecture) == (None, None)  # TensorRT-RTX's move between them
+    assert manifest.provenance == {"packages": package_versions("tnm-pipeline", "onnx", "tensorrt-rtx")}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.plan", "m.plan.manifest.json"]
     assert report.seconds > 0
     assert report.inspector is None  # needs a GPU

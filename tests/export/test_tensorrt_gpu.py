@@ -11,6 +11,7 @@ import pytest
 from tests.export.graphs import products
 from tnm_pipeline.engines import EnvironmentLacks, FeedError, load, verify_artifact
 from tnm_pipeline.engines.driver import Driver, Gpu, probe
+from tnm_pipeline.engines.machine import this_machine
 from tnm_pipeline.export import tensorrt
 from tnm_pipeline.export.errors import BuildFailed
 from tnm_pipeline.export.tensorrt import BuildOptions, available_builders, build_plan
@@ -45,6 +46,7 @@ def test_tensorrt_on_its_gpu(tmp_path: Path) -> None:
     manifest = verify_artifact(tmp_path / "m.plan")
     assert (manifest.backend, manifest.backend_version) == ("tensorrt", "10.13.2.6")
     assert (manifest.compute_capabilities, manifest.gpu) == (("8.9",), "NVIDIA L4")
+    assert (manifest.operating_system, manifest.cpu_architecture) == this_machine()
     assert (report.eligible_layers, report.eligible_names) == (2, ("first", "second + leave"))
     assert (report.picked_layers, report.picked_names) == (1, ("second + leave",))
     assert report.inspector == [{"Name": "second + leave", "Weights": {"Type": "Half", "Count": 256}}]

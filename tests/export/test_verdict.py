@@ -402,6 +402,9 @@ def test_summary(plan: PlanFacts | None, summary: str, tmp_path: Path) -> None:
 
 def test_twins_of_one_build_and_batches_that_scale_are_no_finding() -> None:
     assert compare_twins(_manifest(), _manifest(sparse_weights_flag=False, sha256="2" * 64, bytes=2)) is None
+    seen = {**_manifest().sparsity, "verdict": {"summary": "flag not set"}}
+    assert compare_twins(_manifest(), _manifest(sparsity=seen, provenance={"settings_sha256": "3" * 64})) is None
+    assert compare_twins(_manifest(), _manifest(sparsity={**seen, "layers": 99})) is not None
     assert runtime_finding(_manifest().backend) is None
     assert launch_finding({1: 100.0, 2: 150.0, 8: 600.0}, 1) is None
     assert launch_finding({1: 100.0, 2: 100.0, 8: 600.0}, 2) is None

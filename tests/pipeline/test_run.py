@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from onnx import numpy_helper
 
 from tests.pipeline.conftest import SMALL, Ended, call, command_line
+from tnm_pipeline.engines.artifact import read_manifest, sha256_of
 
 
 def digest(path: Path) -> str:
@@ -55,6 +57,26 @@ def test_the_exported_weights_hold_the_pattern_both_ways(small_run: Path) -> Non
                 for row in one:
                     for start in range(0, len(row), 4):
                         assert np.count_nonzero(row[start : start + 4]) <= 2
+
+
+def test_manifests_say_where_artifacts_come_from_and_what_became_of_their_layers(small_run: Path) -> None:
+    folder = small_run / "run"
+    source = read_manifest(folder / "export/model.fp16.onnx")
+    assert source.provenance["checkpoint_sha256"] == sha256_of(folder / "best/model.safetensors")
+    packages = source.provenance["packages"]
+    assert isinstance(packages, dict)
+    assert packages["torch"] == metadata.version("torch")
+    for name, flag, reason in (("model.fp16.plan", True, "rtx-silent"), ("model.fp16.dense.plan", False, "flag-off")):
+        plan = read_manifest(folder / "build" / name)
+        assert plan.provenance["source"] == source.provenance
+        assert plan.sparse_weights_flag is flag
+        verdict = plan.sparsity["verdict"]
+        assert isinstance(verdict, dict)
+        layers = verdict["layers"]
+        promised = {layer["layer"]: layer["pattern"] for layer in layers if layer["pattern"]}
+        assert promised == source.sparsity["patterns"]
+        assert any(layer["eligible"] and layer["why"] == [reason] for layer in layers)
+    assert read_manifest(folder / "build/engine.plan").sparsity["verdict"]
 
 
 def test_the_second_run_does_nothing_again(small_run: Path) -> None:
