@@ -1,6 +1,5 @@
 """The command line. Results go to stdout, everything else to stderr; imports wait until a command needs them."""
 
-import json
 import os
 import sys
 from importlib import metadata
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from tnm_pipeline.pipeline import engines_cli
 from tnm_pipeline.pipeline.crew import follow, follows, leading, refuse_others, together
 from tnm_pipeline.pipeline.heap import ask_for_huge_pages
 from tnm_pipeline.pipeline.options import (
@@ -27,6 +27,7 @@ from tnm_pipeline.pipeline.options import (
     TrustOption,
     WhatIfOption,
 )
+from tnm_pipeline.pipeline.output import print_json
 
 if TYPE_CHECKING:
     from tnm_pipeline.pipeline.config import Config
@@ -39,6 +40,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(engines_cli.app, name="engines")
 
 
 @app.callback(invoke_without_command=True)
@@ -246,7 +248,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     findings = diagnose()
     if as_json:
-        _print_json([finding.to_dict() for finding in findings])
+        print_json([finding.to_dict() for finding in findings])
     else:
         show(findings)
 
@@ -322,7 +324,7 @@ def _run(config: "Config", targets: set[str] | None, as_json: bool) -> None:
 
     done: dict[str, Done] = execute(config, targets, console=Console(stderr=True))
     if as_json:
-        _print_json(to_json(config, done))
+        print_json(to_json(config, done))
     else:
         show(config, done)
     if "verify" in done and (refused := refusal(config.verify, done["verify"].result)):
@@ -331,13 +333,9 @@ def _run(config: "Config", targets: set[str] | None, as_json: bool) -> None:
 
 def _print(facts: Any, as_json: bool) -> None:
     if as_json:
-        _print_json(facts.to_dict())
+        print_json(facts.to_dict())
     else:
         facts.show()
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 if __name__ == "__main__":  # torchrun starts modules

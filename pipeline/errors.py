@@ -67,6 +67,7 @@ _CODES = {
     "tnm_pipeline.export.errors.BuildSettingError": ExitCode.USAGE,
     "tnm_pipeline.export.triton.RepositoryError": ExitCode.USAGE,
     "tnm_pipeline.engines.errors.ArtifactRejected": ExitCode.INPUT_REJECTED,
+    "tnm_pipeline.engines.errors.KeyRejected": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.engines.errors.FeedError": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.engines.errors.RunFailed": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.engines.errors.EnvironmentLacks": ExitCode.ENVIRONMENT,

@@ -31,4 +31,11 @@ SizeOption = Annotated[
 TritonOption = Annotated[
     Path | None, typer.Option("--triton", metavar="DIR", help="Add the model to this Triton model repository.")
 ]
+TrustedOption = Annotated[
+    list[Path] | None,
+    typer.Option("--trusted", metavar="KEY.pem", help="Demand a signature by this public key, or one of several."),
+]
+PasswordOption = Annotated[
+    Path | None, typer.Option("--password-file", help="The password of the private key: the first line of a file.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.")]
