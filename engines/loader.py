@@ -13,7 +13,9 @@ from tnm_pipeline.engines.calls import Observer
 from tnm_pipeline.engines.driver import probe
 from tnm_pipeline.engines.engine import Engine
 from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks
+from tnm_pipeline.engines.keys import TrustedKey
 from tnm_pipeline.engines.limits import Limits
+from tnm_pipeline.engines.machine import check_machine
 from tnm_pipeline.engines.manifest import Manifest
 from tnm_pipeline.engines.session import Session
 
@@ -30,7 +32,7 @@ def load(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     limits: Limits | None = None,
     batching: Batching | None = None,
-    trusted_keys: Sequence[Path | bytes] = (),
+    trusted_keys: Sequence[TrustedKey] = (),
     finite: bool = False,
     warm_up: bool = True,
     on_call: Observer | None = None,
@@ -50,8 +52,8 @@ def load(
             demands both. A plan always runs on the GPU.
         limits: Bounds on contexts, waiting and queue.
         batching: Join calls that come together.
-        trusted_keys: Ed25519 public keys, one of which must have signed the manifest; without any, signatures are not
-            looked at.
+        trusted_keys: Ed25519 public keys, as PEM files or 32 bytes, of which one must have signed the manifest, and
+            that of the source ONNX where it answers; without any, signatures are not looked at.
         finite: Refuse inputs with NaN or infinities.
         warm_up: Run once before the first call, where the sizes are known.
         on_call: Called after every call, in the caller's thread or a worker, with the caller's context variables.
@@ -61,7 +63,9 @@ def load(
 
     Raises:
         ArtifactRejected: A file or its manifest is missing, corrupt, edited, or not signed as demanded.
-        EnvironmentLacks: A driver, GPU, runtime or provider is absent; the message says what to do.
+        EnvironmentLacks: A driver, GPU, runtime or provider is absent, the plan is of another operating system or CPU,
+            or keys are given and `cryptography` is not installed; the message says what to do.
+        KeyRejected: A trusted key is none.
         ValueError: An option has no such value, or this artifact's calls cannot be joined.
     """
     loader = Loader(backend, fallback, device, limits or Limits(), tuple(trusted_keys), finite, warm_up)
@@ -80,7 +84,7 @@ class Loader:
     fallback: str
     device: str
     limits: Limits
-    trusted_keys: Sequence[Path | bytes]
+    trusted_keys: Sequence[TrustedKey]
     finite: bool
     warm_up: bool
 
@@ -100,7 +104,7 @@ class Loader:
             ArtifactRejected: A file or its manifest is missing, corrupt, edited, or not signed as demanded.
             EnvironmentLacks: A driver, GPU, runtime or provider is absent; the message says what to do.
         """
-        content = read_verified(path)
+        content = read_verified(path, self.trusted_keys)
         manifest = content.manifest
         if manifest.backend == "onnxruntime":
             if self.backend == "tensorrt":
@@ -112,6 +116,7 @@ class Loader:
         if self.backend == "onnxruntime":
             return self._source(path, manifest, "backend='onnxruntime' was asked for", None)
         try:
+            check_machine(manifest)
             backend = _tensorrt(content, self)
         except EnvironmentLacks as error:
             if self.fallback == "error":
@@ -124,7 +129,7 @@ class Loader:
         if plan.source_onnx is None:
             raise EnvironmentLacks(f"{why}. The manifest of {path.name} names no source ONNX to answer instead")
         source = path.parent / plan.source_onnx
-        content = read_verified(source)
+        content = read_verified(source, self.trusted_keys)
         manifest = content.manifest
         if manifest.sha256 != plan.source_sha256:
             raise ArtifactRejected(

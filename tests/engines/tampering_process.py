@@ -12,15 +12,14 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
 from tests.engines.tampering import ARTIFACTS, pick, tamper
 from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, load, verify_artifact
-from tnm_pipeline.engines.artifact import read_verified
-from tnm_pipeline.engines.machine import check_machine
 
+FALLBACKS: tuple[Literal["error", "onnxruntime"], ...] = ("error", "onnxruntime")
 RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_bindings", "tensorrt_rtx_bindings", "onnx", "torch")
 
 
@@ -46,12 +45,6 @@ def outcome(attempt: Callable[[], object]) -> str:
     return "accepted"
 
 
-def attempt(artifact: Path, fallback: Any) -> None:
-    """What a service does."""
-    check_machine(verify_artifact(artifact))
-    load(artifact, fallback=fallback)
-
-
 def main(folder: Path, count: int, seed: int) -> None:
     """Tamper `count` times.
 
@@ -74,7 +67,9 @@ def main(folder: Path, count: int, seed: int) -> None:
         artifact = work / pick(rng, ARTIFACTS)
         kind, agrees = tamper(artifact, number, rng)
         kinds[kind] += 1
-        signed = outcome(partial(read_verified, artifact, trusted))
+        other = kind in ("other_gpu", "other_machine")  # which the ONNX file behind the plan may stand in for
+        fallback: Literal["error", "onnxruntime"] = "error" if other else pick(rng, FALLBACKS)
+        signed = outcome(partial(load, artifact, trusted_keys=trusted, fallback=fallback))
         if signed not in ("ArtifactRejected", "SignatureRejected"):
             findings.append(f"{number} {kind} of {artifact.name}, with a key: {signed}")
         classes[f"with a key: {signed}"] += 1
@@ -82,16 +77,14 @@ def main(folder: Path, count: int, seed: int) -> None:
             plain = outcome(partial(verify_artifact, artifact))
             expected = "accepted"
         else:
-            other = kind in ("other_gpu", "other_machine")  # which the ONNX file behind the plan may stand in for
-            fallback = "error" if other else pick(rng, ["error", "onnxruntime"])
-            plain = outcome(partial(attempt, artifact, fallback))
+            plain = outcome(partial(load, artifact, fallback=fallback))
             expected = "EnvironmentLacks" if other else "ArtifactRejected"
         if plain != expected:
             findings.append(f"{number} {kind} of {artifact.name}, without a key: {plain}")
         classes[f"without a key: {plain}"] += 1
     asked = list(guard.asked)
     for name in ARTIFACTS:  # the guard sees what would be imported
-        outcome(partial(attempt, folder / "good" / name, "error"))
+        outcome(partial(load, folder / "good" / name))
     report = {
         "tampered": count,
         "kinds": kinds,

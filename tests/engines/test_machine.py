@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tnm_pipeline.engines import EnvironmentLacks, Manifest, verify_artifact
+from tnm_pipeline.engines import EnvironmentLacks, Manifest, verify_artifact, write_manifest
 from tnm_pipeline.engines.artifact import read_manifest
 from tnm_pipeline.engines.machine import check_machine, this_machine
 
@@ -53,6 +53,27 @@ def test_another_machine_is_named_with_both_sides(
         EnvironmentLacks, match=f"built for linux on x86_64, and this machine is {here}.*`tnm-pipeline export --trt`"
     ):
         check_machine(manifest)
+
+
+def test_a_plan_of_another_machine_imports_no_runtime_and_its_source_may_answer(
+    plan: Path, run_on_host_driver: Callable[..., str]
+) -> None:
+    elsewhere = dataclasses.replace(read_manifest(plan), operating_system="plan9", cpu_architecture="mips")
+    write_manifest(plan, elsewhere)
+    code = """
+import sys
+from tnm_pipeline.engines import EnvironmentLacks, load
+try:
+    load(sys.argv[1])
+except EnvironmentLacks as error:
+    print(sorted({"tensorrt_rtx", "tensorrt_rtx_bindings", "onnxruntime"} & set(sys.modules)), error)
+with load(sys.argv[1], fallback="onnxruntime", device="cpu") as session:
+    print(session.fallback_reason)
+"""
+    refused, reason = run_on_host_driver(code, plan).splitlines()
+    assert refused.startswith("[] model.fp16.plan was built for plan9 on mips, and this machine is ")
+    assert "fallback='onnxruntime'" in refused
+    assert reason.startswith("model.fp16.plan was built for plan9 on mips")
 
 
 def test_the_same_machine_and_an_artifact_of_no_machine_are_accepted(

@@ -17,10 +17,12 @@ from tnm_pipeline.engines import (
     EnvironmentLacks,
     KeyRejected,
     SignatureRejected,
+    load,
     sign_artifact,
     verify_artifact,
 )
 from tnm_pipeline.engines.artifact import manifest_path, read_manifest, read_verified, sha256_of
+from tnm_pipeline.engines.driver import probe
 from tnm_pipeline.engines.errors import ArtifactRejected
 from tnm_pipeline.engines.keys import fingerprint, is_encrypted, private_key, public_keys, write_key_pair
 from tnm_pipeline.engines.signature import check_signature, signature_path
@@ -128,6 +130,31 @@ def test_a_changed_artifact_under_a_signed_manifest_is_refused(model: Path, pair
             check(model, [pair[1]])
     with pytest.raises(ArtifactRejected, match="has sha256"):
         sign_artifact(model, pair[0])
+
+
+def test_a_session_answers_only_for_a_signed_artifact(model: Path, pair: tuple[Path, Path]) -> None:
+    with pytest.raises(SignatureRejected, match="is not signed"):
+        load(model, device="cpu", trusted_keys=[pair[1]])
+    sign_artifact(model, pair[0])
+    with load(model, device="cpu", trusted_keys=[pair[1]]) as session:
+        assert session.info.signed
+    with load(model, device="cpu") as session:
+        assert not session.info.signed
+
+
+def test_the_onnx_file_behind_a_plan_needs_a_signature_of_its_own(
+    plan: Path, model: Path, pair: tuple[Path, Path]
+) -> None:
+    """Whether it answers because it was asked for, or because the plan cannot run here."""
+    sign_artifact(plan, pair[0])
+    options: list[dict[str, Any]] = [{"backend": "onnxruntime"}]
+    options += [] if probe().gpus else [{"fallback": "onnxruntime"}]
+    for option in options:
+        signature_path(model).unlink(missing_ok=True)
+        with pytest.raises(SignatureRejected, match=r"model\.fp32\.onnx is not signed"):
+            load(plan, device="cpu", trusted_keys=[pair[1]], **option)
+        sign_artifact(model, pair[0])
+        load(plan, device="cpu", trusted_keys=[pair[1]], **option).close()
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 63, b"x" * 64, b"x" * 65, b"x" * 1_000_000])
