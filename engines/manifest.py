@@ -73,7 +73,7 @@ class Manifest:
         compute_capabilities: Those of the GPUs the plan runs on (`("8.0", "8.9")`); for `tensorrt` that of
             the building GPU; empty for an ONNX artifact.
         gpu: Name of the building machine's GPU, None without one.
-        driver: Its driver version, None without one.
+        driver: The newest CUDA version of its driver, None without one. For people: it is not compared.
         sparsity: The summary of the sparsity report, and of a plan `verdict`, what became of each layer; any JSON
             object.
         profiles: The optimisation profiles of a plan in their order: a call is answered by one whose ranges hold all

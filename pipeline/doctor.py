@@ -44,6 +44,7 @@ def diagnose() -> list[Finding]:
         _rtx_builder(),
         _tensorrt_builder(driver),
         _engine_runtime(driver),
+        _signatures(),
         _disk(),
     ]
 
@@ -112,6 +113,14 @@ def _engine_runtime(driver: Driver) -> Finding:
         return Finding(ability, True, f"{names}, CUDA {driver.cuda_version}")
     remedy = "install the NVIDIA driver on a machine with a GPU; until then load(..., fallback='onnxruntime') answers"
     return Finding(ability, False, driver.reason or "no GPU", remedy)
+
+
+def _signatures() -> Finding:
+    version = package_version("cryptography")
+    ability = "sign artifacts and demand signatures"
+    if version:
+        return Finding(ability, True, f"cryptography {version}")
+    return Finding(ability, False, "cryptography is not installed", "pip install 'tnm-pipeline[sign]'")
 
 
 def _disk() -> Finding:
