@@ -8,7 +8,7 @@ from tnm_pipeline.engines.decode import require, shown
 from tnm_pipeline.engines.errors import ArtifactRejected
 
 MAX_BYTES = 8 << 20
-"""Of a whole file. The manifest of a network with 10,000 sparse layers takes about 4 MiB."""
+"""Of a whole file. The manifest of a network with 10,000 sparse layers takes about 3 MiB."""
 
 MAX_DEPTH = 32
 _MAX_TEXT = 4096

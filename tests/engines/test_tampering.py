@@ -1,6 +1,6 @@
 """No tampered artifact reaches a runtime: it is not even imported, in a process that shows a GPU to plans.
 
-The default run tampers 300 times. 10,000 times:
+The default run tampers 300 times. 10,000 times, in some minutes:
 
     pytest -q -m slow tests/engines/test_tampering.py
 """
