@@ -55,12 +55,12 @@ def write_manifest(artifact: Path, manifest: Manifest) -> Path:
     return target
 
 
-def read_manifest(artifact: Path, trusted_keys: Sequence[TrustedKey] = ()) -> Manifest:
+def read_manifest(artifact: Path, trusted_keys: Sequence[TrustedKey] | None = None) -> Manifest:
     """Read the manifest beside `artifact` without looking at the artifact's bytes.
 
     Args:
         artifact: The file that the manifest describes.
-        trusted_keys: Public keys of which one must have signed the manifest; none: signatures are not looked at.
+        trusted_keys: Public keys of which one must have signed the manifest; None: signatures are not looked at.
 
     Returns:
         A manifest whose digest, schema and types hold and whose `artifact` is this file's name.
@@ -72,12 +72,12 @@ def read_manifest(artifact: Path, trusted_keys: Sequence[TrustedKey] = ()) -> Ma
         EnvironmentLacks: Keys were given and `cryptography` is not installed.
     """
     content = _manifest_bytes(artifact)
-    if trusted_keys:
+    if trusted_keys is not None:
         check_signature(artifact, content, trusted_keys)
     return _parse(artifact, content)
 
 
-def verify_artifact(artifact: Path, trusted_keys: Sequence[TrustedKey] = ()) -> Manifest:
+def verify_artifact(artifact: Path, trusted_keys: Sequence[TrustedKey] | None = None) -> Manifest:
     """Check an artifact against the manifest beside it.
 
     Without trusted keys this finds damage and careless edits. Somebody who can write both files can make them agree on
@@ -85,7 +85,7 @@ def verify_artifact(artifact: Path, trusted_keys: Sequence[TrustedKey] = ()) -> 
 
     Args:
         artifact: An ONNX file or a plan.
-        trusted_keys: Public keys of which one must have signed the manifest; none: signatures are not looked at. The
+        trusted_keys: Public keys of which one must have signed the manifest; None: signatures are not looked at. The
             ONNX file behind a plan has a manifest and a signature of its own.
 
     Returns:
@@ -146,7 +146,7 @@ class Content:
     external: Mapping[str, bytes]
 
 
-def read_verified(artifact: Path, trusted_keys: Sequence[TrustedKey] = ()) -> Content:
+def read_verified(artifact: Path, trusted_keys: Sequence[TrustedKey] | None = None) -> Content:
     """Like `verify_artifact`, returning the very bytes that were hashed.
 
     Args:

@@ -28,12 +28,14 @@ def public_keys(keys: Sequence[TrustedKey]) -> "list[Ed25519PublicKey]":
         keys: At least one PEM file (`-----BEGIN PUBLIC KEY-----`) or 32 bytes.
 
     Raises:
-        KeyRejected: One of them is missing or no public Ed25519 key.
+        KeyRejected: There is none, or one of them is missing or no public Ed25519 key.
         EnvironmentLacks: `cryptography` is not installed.
         TypeError: A single key was given instead of a sequence of them.
     """
     if isinstance(keys, str | bytes | Path):
         raise TypeError(f"trusted_keys is a sequence of keys: give [{keys!r}]")
+    if not keys:
+        raise KeyRejected("no key is trusted: name at least one, or ask for no signature with None")
     return [_public_key(key) for key in keys]
 
 

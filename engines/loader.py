@@ -32,7 +32,7 @@ def load(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     limits: Limits | None = None,
     batching: Batching | None = None,
-    trusted_keys: Sequence[TrustedKey] = (),
+    trusted_keys: Sequence[TrustedKey] | None = None,
     finite: bool = False,
     warm_up: bool = True,
     on_call: Observer | None = None,
@@ -53,7 +53,7 @@ def load(
         limits: Bounds on contexts, waiting and queue.
         batching: Join calls that come together.
         trusted_keys: Ed25519 public keys, as PEM files or 32 bytes, of which one must have signed the manifest, and
-            that of the source ONNX where it answers; without any, signatures are not looked at.
+            that of the source ONNX where it answers; None: signatures are not looked at.
         finite: Refuse inputs with NaN or infinities.
         warm_up: Run once before the first call, where the sizes are known.
         on_call: Called after every call, in the caller's thread or a worker, with the caller's context variables.
@@ -68,7 +68,7 @@ def load(
         KeyRejected: A trusted key is none.
         ValueError: An option has no such value, or this artifact's calls cannot be joined.
     """
-    loader = Loader(backend, fallback, device, limits or Limits(), tuple(trusted_keys), finite, warm_up)
+    loader = Loader(backend, fallback, device, limits or Limits(), trusted_keys, finite, warm_up)
     return Session(Path(path), loader.open, limits=loader.limits, batching=batching, on_call=on_call)
 
 
@@ -84,7 +84,7 @@ class Loader:
     fallback: str
     device: str
     limits: Limits
-    trusted_keys: Sequence[TrustedKey]
+    trusted_keys: Sequence[TrustedKey] | None
     finite: bool
     warm_up: bool
 
@@ -149,7 +149,7 @@ class Loader:
             backend,
             why=why,
             fallback_reason=fallback_reason,
-            signed=bool(self.trusted_keys),
+            signed=self.trusted_keys is not None,
             finite=self.finite,
         )
 

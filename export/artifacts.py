@@ -146,7 +146,7 @@ def _parse(path: Path) -> onnx.ModelProto:
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         memoryview(content) as view,
     ):
-        model.ParseFromString(view)
+        model.ParseFromString(view)  # pyright: ignore[reportArgumentType] - typed for bytes, takes any buffer
     return model
 
 

@@ -71,12 +71,12 @@ def artifacts_in(path: Path) -> list[Path]:
     return shown
 
 
-def check_artifact(path: Path, trusted: Sequence[TrustedKey]) -> Checked:
+def check_artifact(path: Path, trusted: Sequence[TrustedKey] | None) -> Checked:
     """Check manifest, hashes, files beside it, and signatures where keys are given. A plan's ONNX file counts.
 
     Args:
         path: An artifact.
-        trusted: Public keys of which one must have signed; none: signatures are not checked.
+        trusted: Public keys of which one must have signed; None: signatures are not checked.
 
     Raises:
         KeyRejected: A trusted key is none.
@@ -96,15 +96,17 @@ def check_artifact(path: Path, trusted: Sequence[TrustedKey]) -> Checked:
         return Checked(path, refused=error)
 
 
-def run_artifact(checked: Checked, fallback: Literal["error", "onnxruntime"]) -> Checked:
-    """Load and run what was found to be in order, as `tnm-pipeline verify` does."""
+def run_artifact(
+    checked: Checked, fallback: Literal["error", "onnxruntime"], trusted: Sequence[TrustedKey] | None
+) -> Checked:
+    """Load and run what was found to be in order, as `tnm-pipeline verify` does, with the same keys."""
     from tnm_pipeline.export.errors import ExportRejected
     from tnm_pipeline.pipeline.inspect import verify_file
 
     if checked.refused is not None:
         return checked
     try:
-        return replace(checked, ran=tuple(verify_file(checked.path, fallback).lines))
+        return replace(checked, ran=tuple(verify_file(checked.path, fallback, trusted).lines))
     except (ArtifactRejected, EnvironmentLacks, ExportRejected, RunFailed) as error:
         return replace(checked, refused=error)
 
@@ -169,19 +171,19 @@ def _rows(item: Checked) -> Iterator[tuple[str, str]]:
         yield "ran", line
 
 
-def _signature(path: Path, trusted: Sequence[TrustedKey]) -> str:
-    if trusted:
+def _signature(path: Path, trusted: Sequence[TrustedKey] | None) -> str:
+    if trusted is not None:
         return f"by {check_signature(path, manifest_path(path).read_bytes(), trusted)}, which is trusted"
     if signature_path(path).exists():
         return "present, not checked: give --trusted KEY.pem"
     return "none"
 
 
-def _source(path: Path, manifest: Manifest, trusted: Sequence[TrustedKey]) -> str:
+def _source(path: Path, manifest: Manifest, trusted: Sequence[TrustedKey] | None) -> str:
     if not (path.parent / str(manifest.source_onnx)).is_file():
         return f"{manifest.source_onnx} is not here: the plan runs, and has nothing to fall back to"
     verify_artifact(source_of(path, manifest), trusted)
-    return f"{manifest.source_onnx}, the one it was built from" + (", signed too" if trusted else "")
+    return f"{manifest.source_onnx}, the one it was built from" + ("" if trusted is None else ", signed too")
 
 
 def _here(manifest: Manifest) -> str:

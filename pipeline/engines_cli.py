@@ -23,7 +23,7 @@ def check(artifact: ArtifactArgument, trusted: TrustedOption = None, as_json: Js
     """Manifest, hashes, weights beside it, signature: what is known, without loading a runtime."""
     from tnm_pipeline.pipeline.checking import artifacts_in, check_artifact
 
-    _report([check_artifact(path, trusted or ()) for path in artifacts_in(artifact)], as_json)
+    _report([check_artifact(path, trusted) for path in artifacts_in(artifact)], as_json)
 
 
 @app.command()
@@ -36,8 +36,8 @@ def verify(
     """Check, count the sparsity again, load it here and run it once."""
     from tnm_pipeline.pipeline.checking import artifacts_in, check_artifact, run_artifact
 
-    checked = (check_artifact(path, trusted or ()) for path in artifacts_in(artifact))
-    _report([run_artifact(item, fallback) for item in checked], as_json)
+    checked = (check_artifact(path, trusted) for path in artifacts_in(artifact))
+    _report([run_artifact(item, fallback, trusted) for item in checked], as_json)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from tnm_pipeline.engines import (
     load,
 )
 from tnm_pipeline.engines.artifact import manifest_path, read_manifest, verify_artifact
+from tnm_pipeline.engines.keys import TrustedKey
 from tnm_pipeline.export.counting import TENSORRT_PATTERN
 from tnm_pipeline.export.sparsity import LayerSparsity, SparsityReport, UnreadWeight, inspect_onnx
 from tnm_pipeline.export.verdicts.comparison import VERDICT
@@ -142,12 +143,15 @@ def _totals(report: SparsityReport) -> dict[str, int]:
     }
 
 
-def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
+def verify_file(
+    path: Path, fallback: Literal["error", "onnxruntime"], trusted: Sequence[TrustedKey] | None = None
+) -> Facts:
     """Check an artifact as production would: manifest, hash, sparsity recounted, load, run.
 
     Args:
         path: `.onnx` or `.plan`, with its manifest.
         fallback: `onnxruntime`: where a plan cannot run, its ONNX file answers and a line says why.
+        trusted: keys that must have signed what is loaded; None: signatures are not looked at.
 
     Raises:
         EnvironmentLacks: the plan cannot run here and no fallback was allowed.
@@ -176,7 +180,7 @@ def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
             )
     promised = sum(layer.pattern is not None for layer in layers)
     lines.append(f"0 violating groups in the {promised} layers of {source.name} that promise a pattern")
-    with _load(path, fallback) as session:
+    with _load(path, fallback, trusted) as session:
         usual = {dim: best for spec in manifest.inputs for dim, (_, best, _) in spec.ranges.items()}
         outputs = _answer(session, usual)
         finite = all(bool(np.isfinite(output).all()) for output in outputs.values())
@@ -192,9 +196,9 @@ def verify_file(path: Path, fallback: Literal["error", "onnxruntime"]) -> Facts:
     )
 
 
-def _load(path: Path, fallback: Literal["error", "onnxruntime"]) -> Session:
+def _load(path: Path, fallback: Literal["error", "onnxruntime"], trusted: Sequence[TrustedKey] | None) -> Session:
     try:
-        return load(path, fallback=fallback)
+        return load(path, fallback=fallback, trusted_keys=trusted)
     except EnvironmentLacks as error:
         error.add_note("on the command line: --fallback onnxruntime")
         raise

@@ -65,8 +65,10 @@ def test_a_signed_artifact_is_accepted_by_its_key_alone_or_among_others(
 ) -> None:
     assert sign_artifact(model, pair[0]) == signature_path(model)
     raw = public_keys([pair[1]])[0].public_bytes_raw()
-    for keys in ([pair[1]], [str(pair[1])], [raw], [stranger[1], pair[1]], ()):
+    for keys in ([pair[1]], [str(pair[1])], [raw], [stranger[1], pair[1]], None):
         assert check(model, keys) == check(model)
+    with pytest.raises(KeyRejected, match="no key is trusted"):  # a glob that matched nothing must not open the door
+        check(model, [])
     with pytest.raises(SignatureRejected, match="is of another key than sha256:"):
         check(model, [stranger[1]])
 
