@@ -138,7 +138,7 @@ class ExecutionContext:
             here = self._device.holds(feed.address)
         except CudaError as error:
             raise FeedError(
-                f"input {name} claims to be on a GPU, and CUDA does not know its address: {error}"
+                f"input {name} is said to be on a GPU, where CUDA knows no such address: {error}"
             ) from error
         if not here:
             raise FeedError(f"input {name} is on another GPU than the session, which runs on GPU 0: copy it there")

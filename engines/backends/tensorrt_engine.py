@@ -83,9 +83,7 @@ class Engine:
         try:
             write_runtime_cache(self._cache_path, content)
         except OSError as error:
-            _warn(
-                f"compiled kernels of {self._manifest.artifact} are not kept, so the next load compiles again: {error}"
-            )
+            _warn(f"compiled kernels of {self._manifest.artifact} are not kept for the next load: {error}")
         self._cached = content
 
     def describe(self) -> dict[str, object]:

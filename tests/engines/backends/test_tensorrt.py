@@ -7,27 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.engines.backends.on_stand_ins import START
 from tnm_pipeline.engines import EnvironmentLacks, FeedError, TensorSpec, load, verify_artifact
-from tnm_pipeline.engines.backends.tensorrt_profiles import covering_profile
+from tnm_pipeline.engines.backends.tensorrt_profiles import covering_profile, warm_sizes, zero_feeds
 from tnm_pipeline.engines.backends.tensorrt_runtime import check_gpu
 from tnm_pipeline.engines.driver import Driver, Gpu, probe
 
 Run = Callable[..., str]
-
-START = """
-import ctypes, sys
-from pathlib import Path
-import numpy as np
-held = ctypes.CDLL("libcuda.so.1").host_driver_held
-from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, FeedError, Limits, RunFailed, load
-from tnm_pipeline.engines.artifact import read_verified
-from tnm_pipeline.engines.backends.tensorrt import TensorRTBackend
-from tnm_pipeline.engines.driver import probe
-
-def backend(**limits):
-    content = read_verified(Path(sys.argv[1]))
-    return TensorRTBackend(content.manifest, content.artifact, driver=probe(), limits=Limits(**limits))
-"""
 
 
 def test_a_machine_without_a_gpu_is_told_so(plan: Path) -> None:
@@ -78,6 +64,33 @@ except EnvironmentLacks as error:
     said = run_on_host_driver(code, doubler(backend_version="10.8.0.43"), PYTHONPATH=stand_in)
     assert "was built with tensorrt 10.8.0.43, and 10.13.2.6 is installed" in said
     assert "pip install 'tensorrt==10.8.*'" in said
+
+
+@pytest.mark.skipif(bool(probe().gpus), reason="here a driver is")
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("environment", [{}, {"HOST_DRIVER_NO_GPU": "1"}, {"HOST_DRIVER_INIT_FAILS": "100"}])
+def test_without_a_gpu_no_runtime_is_made(
+    backend: str,
+    environment: dict[str, str],
+    run_on_host_driver: Run,
+    doubler: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """TensorRT's own would crash the process. Without a driver, with one that shows no GPU, with one that fails."""
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    (trap / f"{backend}.py").write_text("import os; os.abort()")
+    code = """
+import sys
+from tnm_pipeline.engines import EnvironmentLacks, load
+try:
+    load(sys.argv[1])
+except EnvironmentLacks as error:
+    print(error)
+"""
+    settings = environment or {"LD_LIBRARY_PATH": ""}
+    said = run_on_host_driver(code, doubler(backend=backend), PYTHONPATH=str(trap), **settings)
+    assert said.startswith(f"model.plan is a {backend} plan and needs a GPU: ")
 
 
 def test_a_missing_package_is_named_with_the_command(
@@ -200,6 +213,14 @@ def test_sizes_that_only_the_profiles_together_span() -> None:
         covering_profile(PROFILES, (IDS,), {"ids": np.zeros((2, 64))})
 
 
+def test_warm_up_takes_the_largest_sizes_of_all_profiles_first_and_none_twice() -> None:
+    profiles = [{"n": (1, 4, 8)}, {"n": (1, 8, 8)}, {"n": (1, 2, 16)}]
+    assert warm_sizes(profiles, (IDS,)) == [{"n": 8}, {"n": 16}, {"n": 4}, {"n": 2}]
+    spanned = TensorSpec("x", "float32", ("n", 3), {"n": (1, 4, 8)})
+    assert [zero_feeds((spanned,), sizes)["x"].shape for sizes in warm_sizes((), (spanned,))] == [(8, 3), (4, 3)]
+    assert warm_sizes((), (SCALE,)) == [{}]
+
+
 def test_a_plan_of_fixed_sizes_has_no_profile_to_choose() -> None:
     assert covering_profile((), (SCALE,), {"scale": np.zeros(3)}) == 0
 
@@ -208,6 +229,7 @@ def test_a_plan_of_fixed_sizes_has_no_profile_to_choose() -> None:
     ("content", "changes", "complaint"),
     [
         (b"another plan", {}, "EnvironmentLacks tensorrt cannot make an engine of model.plan"),
+        (b"a plan of shapes", {}, "ArtifactRejected model.plan reads input on the CPU"),
         (
             b"a plan",
             {"outputs": (TensorSpec("y", "float32", ("batch", 8), {}),)},
@@ -232,7 +254,7 @@ except (ArtifactRejected, EnvironmentLacks) as error:
     said = run_on_host_driver(code, doubler(content, **changes), PYTHONPATH=stand_in)
     assert said.startswith(f"0 {complaint}")
     assert "a warning" not in said
-    assert ("magic tag does not match" in said) == (content != b"a plan")
+    assert ("magic tag does not match" in said) == (content == b"another plan")
 
 
 @pytest.mark.gpu

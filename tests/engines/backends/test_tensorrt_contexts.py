@@ -9,29 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines.backends.on_stand_ins import START
+
 Run = Callable[..., str]
-
-START = """
-import ctypes, sys, threading
-from pathlib import Path
-import numpy as np
-driver_side = ctypes.CDLL("libcuda.so.1")
-held, graphs, launches = (
-    getattr(driver_side, "host_driver_" + name) for name in ("held", "graphs", "launches")
-)
-from tnm_pipeline.engines import DeviceOutOfMemory, FeedError, Limits, Overloaded, RunFailed
-from tnm_pipeline.engines.artifact import read_verified
-from tnm_pipeline.engines.backends.tensorrt import TensorRTBackend
-from tnm_pipeline.engines.driver import probe
-
-def backend(**limits):
-    content = read_verified(Path(sys.argv[1]))
-    return TensorRTBackend(content.manifest, content.artifact, driver=probe(), limits=Limits(**limits))
-
-def ask(network, rows, number=1.0):
-    answer = network.run({"input": np.full((rows, 8), number, np.float32)})["output"]
-    assert answer.shape == (rows, 8) and (answer == 2 * number).all(), (rows, number, answer)
-"""
 
 
 @pytest.fixture
