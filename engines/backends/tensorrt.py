@@ -8,7 +8,7 @@ from typing import Any
 
 from tnm_pipeline.engines.arrays import Feed
 from tnm_pipeline.engines.backends.tensorrt_context import ExecutionContext
-from tnm_pipeline.engines.backends.tensorrt_engine import Engine
+from tnm_pipeline.engines.backends.tensorrt_engine import TensorRTEngine
 from tnm_pipeline.engines.backends.tensorrt_profiles import covering_profile, warm_sizes, zero_feeds
 from tnm_pipeline.engines.backends.tensorrt_runtime import check_gpu, logger_of, runtime_module
 from tnm_pipeline.engines.cuda import CudaDriver, PrimaryContext
@@ -45,14 +45,14 @@ class TensorRTBackend:
         self.version = str(trt.__version__)
         self._manifest = manifest
         self._limits = limits
-        self._engine: Engine | None = None
+        self._engine: TensorRTEngine | None = None
         self._contexts: list[ExecutionContext] = []
         _, self._complaints = logger_of(manifest.backend)
         cuda = CudaDriver()
         self._primary = PrimaryContext(cuda)
         try:
             with self._primary.current(), self._complaints.of_this_call():
-                engine = Engine(trt, manifest, plan, gpu=driver.gpus[0].name, graphs=limits.graphs > 0)
+                engine = TensorRTEngine(trt, manifest, plan, gpu=driver.gpus[0].name, graphs=limits.graphs > 0)
                 self._engine = engine
                 graphs = 0 if engine.captures_itself else limits.graphs
                 for _ in range(limits.contexts):

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tnm_pipeline.engines.arrays import Array, CudaArray, DeviceArray, Feed
-from tnm_pipeline.engines.backends.tensorrt_engine import Engine
+from tnm_pipeline.engines.backends.tensorrt_engine import TensorRTEngine
 from tnm_pipeline.engines.backends.tensorrt_runtime import Complaints
 from tnm_pipeline.engines.cuda import CudaDriver, CudaError
 from tnm_pipeline.engines.device import Device
@@ -59,7 +59,7 @@ class ExecutionContext:
     """
 
     def __init__(
-        self, driver: CudaDriver, engine: Engine, manifest: Manifest, complaints: Complaints, graphs: int
+        self, driver: CudaDriver, engine: TensorRTEngine, manifest: Manifest, complaints: Complaints, graphs: int
     ) -> None:
         self._driver = driver
         self._engine = engine

@@ -12,7 +12,7 @@ from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks
 from tnm_pipeline.engines.manifest import Manifest
 
 
-class Engine:
+class TensorRTEngine:
     """A plan in its runtime. `context` may be called by any number of threads, the rest by one.
 
     Every method must run inside a current CUDA context.
