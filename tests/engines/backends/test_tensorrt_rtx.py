@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,3 +118,25 @@ def test_another_plan_release_or_gpu_has_another_file(plan: Path, cache: Path) -
     others = [runtime_cache_path(manifest, "1.8", "Host Memory"), runtime_cache_path(manifest, "1.7.1.116", "Other")]
     assert len({cache, *others}) == 3
     assert manifest.sha256[:32] in cache.name
+
+
+def test_the_real_package_has_every_name_that_the_stand_in_has() -> None:
+    """Of what the package calls; without a GPU none of it can be called."""
+    real: Any = pytest.importorskip("tensorrt_rtx")
+    for owner, names in {
+        "Runtime": ("deserialize_cuda_engine",),
+        "ICudaEngine": (
+            *("num_io_tensors", "device_memory_size_v2", "get_tensor_name", "get_tensor_mode", "get_tensor_location"),
+            *("get_tensor_dtype", "get_tensor_shape", "create_execution_context", "create_runtime_config"),
+        ),
+        "IExecutionContext": (
+            *("set_device_memory", "set_optimization_profile_async", "set_input_shape", "get_tensor_shape"),
+            *("set_tensor_address", "execute_async_v3"),
+        ),
+        "IRuntimeConfig": ("cuda_graph_strategy", "create_runtime_cache", "set_runtime_cache"),
+        "IRuntimeCache": ("serialize", "deserialize"),
+        "CudaGraphStrategy": ("DISABLED", "WHOLE_GRAPH_CAPTURE"),
+        "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
+        "TensorLocation": ("DEVICE",),
+    }.items():
+        assert not [name for name in names if not hasattr(getattr(real, owner), name)]
