@@ -2,8 +2,7 @@
 
 import ctypes
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from ctypes import byref, c_int, c_uint64, c_void_p
 from typing import Any
 
@@ -83,11 +82,9 @@ class Device:
         assert self._stream.value is not None, "the stream is created before anybody can ask for it"
         return self._stream.value
 
-    @contextmanager
-    def current(self) -> Iterator[None]:
+    def current(self) -> AbstractContextManager[None]:
         """Make this context current for the calling thread, and restore the caller's own one afterwards."""
-        with self._context.current():
-            yield
+        return self._context.current()
 
     def reserve(self, name: str, size: int) -> int:
         """The address of the device buffer `name`, of at least `size` bytes; growing it loses its content."""

@@ -66,7 +66,7 @@ def timed(baseline: str, calls: Mapping[str, Callable[[], object]], samples: int
 def backend(path: Path, device: str, **limits: int) -> Backend:
     """An artifact in its runtime, verified as production does it."""
     content = read_verified(path)
-    bounds = Limits(**limits)  # type: ignore[arg-type]  # patience, a float, is never among them
+    bounds = Limits(**limits)
     if content.manifest.backend != "onnxruntime":
         from tnm_pipeline.engines.backends.tensorrt import TensorRTBackend
 
