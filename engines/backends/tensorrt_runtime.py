@@ -49,7 +49,7 @@ def runtime_module(manifest: Manifest) -> Any:
     Source: NVIDIA, "Engine Compatibility", for both TensorRT and TensorRT-RTX.
 
     Raises:
-        EnvironmentLacks: It is not installed, a library of it is missing, or it is another release.
+        EnvironmentLacks: It is not installed, a library of it is missing, or it is another release or too old.
     """
     package, built_with = _PACKAGES[manifest.backend], manifest.backend_version
     release = ".".join(built_with.split(".")[:2])
@@ -60,6 +60,11 @@ def runtime_module(manifest: Manifest) -> Any:
         raise EnvironmentLacks(
             f"{manifest.artifact} needs {manifest.backend} {built_with}: {error}. Run `{install}`"
         ) from error
+    if not hasattr(trt, "ExecutionContextAllocationStrategy"):  # new in TensorRT 10, which shares profiles too
+        raise EnvironmentLacks(
+            f"{manifest.artifact} was built with {manifest.backend} {built_with}, and {trt.__version__} is installed: "
+            "TensorRT 10 is the oldest that is served. Build it again with a newer one: `tnm-pipeline export --trt`"
+        )
     if trt.__version__.split(".")[:2] != built_with.split(".")[:2]:
         raise EnvironmentLacks(
             f"{manifest.artifact} was built with {manifest.backend} {built_with}, and {trt.__version__} is "

@@ -66,6 +66,20 @@ except EnvironmentLacks as error:
     assert "pip install 'tensorrt==10.8.*'" in said
 
 
+def test_a_release_before_10_is_too_old(run_on_host_driver: Run, doubler: Callable[..., Path], tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "tensorrt.py").write_text("__version__ = '8.6.1'")
+    code = f"""{START}
+try:
+    load(sys.argv[1])
+except EnvironmentLacks as error:
+    print(error)
+"""
+    said = run_on_host_driver(code, doubler(backend_version="8.6.1"), PYTHONPATH=str(old))
+    assert "8.6.1 is installed: TensorRT 10 is the oldest that is served" in said
+
+
 @pytest.mark.skipif(bool(probe().gpus), reason="here a driver is")
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
 @pytest.mark.parametrize("environment", [{}, {"HOST_DRIVER_NO_GPU": "1"}, {"HOST_DRIVER_INIT_FAILS": "100"}])

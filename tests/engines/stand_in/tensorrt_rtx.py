@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorrt
 from tensorrt import (  # noqa: F401 - the same names in both
+    ExecutionContextAllocationStrategy,
     ILogger,
     TensorIOMode,
     TensorLocation,
