@@ -128,7 +128,7 @@ def test_batches_of_any_size_come_back_and_everything_is_freed(
     run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: str
 ) -> None:
     code = f"""{START}
-session = load(sys.argv[1])
+session = load(sys.argv[1], warm_up=False)
 answers = []
 for rows in (1, 8, 3, 8):
     given = np.random.default_rng(rows).standard_normal((8, rows)).astype(np.float32).T
@@ -157,7 +157,7 @@ def test_a_failed_run_is_explained_and_the_next_one_answers(
     run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: str
 ) -> None:
     code = f"""{START}
-with load(sys.argv[1]) as session:
+with load(sys.argv[1], warm_up=False) as session:
     for rows in (9, 6, 5, 4):
         try:
             session.run({{"input": np.ones((rows, 8), np.float32)}})

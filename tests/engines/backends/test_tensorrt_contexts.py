@@ -242,3 +242,16 @@ network.close()
 print(held())
 """)
     assert said.splitlines() == ["TensorRT did not run model.plan: it gives no reason", "0"]
+
+
+def test_loading_warms_up_unless_told_not_to(run: Run) -> None:
+    """The sizes that this plan was made for are the ones that the stand-in does not run."""
+    said = run("""
+load(sys.argv[1], warm_up=False).close()
+try:
+    load(sys.argv[1])
+except RunFailed as error:
+    print(error)
+print(held())
+""")
+    assert said.splitlines() == ["TensorRT did not run model.plan: it gives no reason", "0"]
