@@ -1,5 +1,6 @@
 """Arrays that callers may give and get: numpy's, those of anything that speaks DLPack, and CUDA's without a copy."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -117,8 +118,21 @@ class DeviceArray:
             "stream": None,
         }
 
-    def __dlpack__(self, *, stream: int | None = None, **_: object) -> object:
-        """A DLPack capsule that shares the memory. The content is complete, so no stream has to wait."""
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> object:
+        """A DLPack capsule that shares the memory. The content is complete, so no `stream` has to wait.
+
+        Raises:
+            BufferError: A copy or another device is asked for.
+        """
+        if copy or dl_device not in (None, self.__dlpack_device__()):
+            raise BufferError("memory of the GPU is shared as it is: call numpy() for a copy on the CPU")
         return cuda_capsule(self.address if self.nbytes else 0, self.shape, self.dtype, owner=self)
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -185,7 +199,4 @@ def _contiguous_strides(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[i
 
 
 def _bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-    return size
+    return math.prod(shape) * dtype.itemsize

@@ -15,6 +15,7 @@ from tnm_pipeline.engines.cuda import CudaDriver, PrimaryContext
 _STREAM_NON_BLOCKING = 1
 _EVENT_DISABLE_TIMING = 2
 _POINTER_DEVICE_ORDINAL = 9
+_CAPTURE_RELAXED = 2
 
 
 class DeviceMemory:
@@ -44,8 +45,12 @@ class DeviceMemory:
 
 
 def _free(driver: CudaDriver, context: PrimaryContext, address: int) -> None:
+    mode = c_int(_CAPTURE_RELAXED)
     with context.current():
+        # A garbage collection may come here while its thread captures a graph, which freeing would spoil otherwise.
+        driver.call("cuThreadExchangeStreamCaptureMode", byref(mode))
         driver.call("cuMemFree_v2", address)
+        driver.call("cuThreadExchangeStreamCaptureMode", byref(mode))
     context.release()
 
 

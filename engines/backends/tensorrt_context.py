@@ -1,5 +1,6 @@
 """One place in the pool of a TensorRT session: a stream, buffers, an execution context, and its CUDA graphs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -224,7 +225,7 @@ class ExecutionContext:
                 f"the shape of output {name} is {shape}: it depends on the data, and only plans whose "
                 "output shapes follow from the input shapes are served. Load the source ONNX instead"
             )
-        size = int(np.prod(shape, dtype=np.int64)) * self._dtypes[name].itemsize
+        size = math.prod(shape) * self._dtypes[name].itemsize
         return _Placed(shape, self._device.reserve(name, size), None if on_device else self._device.staging(name, size))
 
     def _queue(self, context: Any, inputs: Mapping[str, _Placed], outputs: Mapping[str, _Placed]) -> None:

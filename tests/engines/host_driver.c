@@ -30,6 +30,7 @@ static struct stream legacy;
 static _Thread_local int depth;
 static _Thread_local void *stack[DEPTH];
 static _Thread_local struct stream *capturing; /* on this thread */
+static _Thread_local int mode;                  /* of this thread; 2 is relaxed */
 
 __attribute__((constructor)) static void start(void) {
   pthread_mutexattr_t recursive;
@@ -52,8 +53,9 @@ int host_driver_is_capturing(void) { return capturing != NULL; }
 
 /* What no thread may do while it captures, in the mode that the package asks for; doing it spoils the capture. */
 static int forbidden(void) {
-  if (capturing) capturing->invalid = 1;
-  return capturing ? CAPTURE_UNSUPPORTED : OK;
+  if (!capturing || mode == 2) return OK;
+  capturing->invalid = 1;
+  return CAPTURE_UNSUPPORTED;
 }
 
 static struct stream *stream_of(void *handle) { return handle == (void *)1 ? &legacy : handle; }
@@ -178,6 +180,7 @@ int cuMemAlloc_v2(address *out, size_t size) {
 
 int cuMemFree_v2(address freed) {
   ENTER;
+  if (forbidden()) return CAPTURE_UNSUPPORTED;
   memset((void *)freed, 0xFF, malloc_usable_size((void *)freed));
   free((void *)freed);
   buffers--;
@@ -200,6 +203,7 @@ int cuMemAllocHost_v2(void **out, size_t size) {
 
 int cuMemFreeHost(void *freed) {
   ENTER;
+  if (forbidden()) return CAPTURE_UNSUPPORTED;
   for (int i = 0; i < PINNED; i++)
     if (pages[i].start == freed) {
       memset(freed, 0xFF, pages[i].size);
@@ -283,10 +287,17 @@ int cuStreamWaitEvent(void *waiting, void *waited, unsigned int flags) {
   return queue(waiting, (struct work){WAIT, event->stream, NULL, event->count});
 }
 
-int cuStreamBeginCapture_v2(void *on, int mode) {
+int cuThreadExchangeStreamCaptureMode(int *exchanged) {
+  int before = mode;
+  mode = *exchanged;
+  *exchanged = before;
+  return ready();
+}
+
+int cuStreamBeginCapture_v2(void *on, int capture_mode) {
   ENTER;
   struct stream *stream = on;
-  if (mode != 1 || !stream || stream == (void *)1 || stream->capture || capturing) return INVALID_VALUE;
+  if (capture_mode != 1 || !stream || stream == (void *)1 || stream->capture || capturing) return INVALID_VALUE;
   stream->capture = calloc(1, sizeof(struct graph));
   stream->invalid = 0;
   capturing = stream;

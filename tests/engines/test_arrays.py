@@ -156,7 +156,12 @@ ctypes.memset(array.address, 0, array.nbytes)
 print(array, array.numpy().tolist(), array.__dlpack_device__(), held())
 feed = as_feed(TensorSpec("x", "float32", (2, 3)), array)
 print(feed.address == array.address, feed.stream)
-capsule = array.__dlpack__()
+for wish in ({"copy": True}, {"dl_device": (1, 0)}):
+    try:
+        array.__dlpack__(**wish)
+    except BufferError as error:
+        print(error)
+capsule = array.__dlpack__(stream=2, max_version=(1, 0), dl_device=(2, 0), copy=False)
 del array, feed
 print(held())
 del capsule
@@ -167,6 +172,7 @@ print(nothing.numpy().shape, nothing.__cuda_array_interface__["data"])
     assert run_on_host_driver(code).splitlines() == [
         "DeviceArray((2, 3), float32, cuda:0) [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]] (2, 0) 2",
         "True None",
+        *["memory of the GPU is shared as it is: call numpy() for a copy on the CPU"] * 2,
         *("2", "0"),
         "(0, 3) (0, False)",
     ]

@@ -115,6 +115,23 @@ print(held())
     ]
 
 
+def test_an_array_that_is_collected_meanwhile_does_not_spoil_a_capture(run_on_host_driver: Run) -> None:
+    code = f"""{CAPTURE}
+from tnm_pipeline.engines.arrays import DeviceArray
+garbage = [DeviceArray.empty(driver, (4,), np.dtype("float32"))]
+with device.current():
+    there, address = device.staging("there", 32), device.reserve("x", 32)
+    def queue():
+        device.upload(address, there)
+        garbage.clear()
+        device.upload(address, there)
+    capture(driver, device.stream, queue).destroy()
+device.close()
+print(held())
+"""
+    assert run_on_host_driver(code).split() == ["0"]
+
+
 def test_what_cannot_be_captured_is_refused_and_the_stream_goes_on(run_on_host_driver: Run) -> None:
     code = f"""{CAPTURE}
 def wait():
