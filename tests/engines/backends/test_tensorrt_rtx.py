@@ -27,22 +27,22 @@ print(held(), [str(one.message) for one in warned])
 
 
 @pytest.fixture
-def plan(doubler: Callable[..., Path]) -> Path:
+def doubling_plan(doubler: Callable[..., Path]) -> Path:
     """An artifact for the stand-in of TensorRT-RTX."""
     return doubler(backend="tensorrt_rtx", backend_version="1.7.0.1")
 
 
 @pytest.fixture
-def cache(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the kernels of `plan` are kept; nothing is there yet."""
+def cache(doubling_plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the kernels of `doubling_plan` are kept; nothing is there yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return runtime_cache_path(verify_artifact(plan), "1.7.1.116", "Host Memory")
+    return runtime_cache_path(verify_artifact(doubling_plan), "1.7.1.116", "Host Memory")
 
 
 @pytest.fixture
-def run(run_on_host_driver: Run, plan: Path, stand_in: str, cache: Path) -> Run:
-    """Run code after `START` with `plan` as its argument and an empty cache folder."""
-    return lambda code: run_on_host_driver(START + code, plan, PYTHONPATH=stand_in)
+def run(run_on_host_driver: Run, doubling_plan: Path, stand_in: str, cache: Path) -> Run:
+    """Run code after `START` with `doubling_plan` as its argument and an empty cache folder."""
+    return lambda code: run_on_host_driver(START + code, doubling_plan, PYTHONPATH=stand_in)
 
 
 def test_the_runtime_makes_its_own_graphs_and_we_make_none(run: Run) -> None:
@@ -113,8 +113,8 @@ def test_the_file_is_the_users_alone(cache: Path) -> None:
         assert cache.stat().st_mode & 0o777 == 0o600
 
 
-def test_another_plan_release_or_gpu_has_another_file(plan: Path, cache: Path) -> None:
-    manifest = verify_artifact(plan)
+def test_another_plan_release_or_gpu_has_another_file(doubling_plan: Path, cache: Path) -> None:
+    manifest = verify_artifact(doubling_plan)
     others = [runtime_cache_path(manifest, "1.8", "Host Memory"), runtime_cache_path(manifest, "1.7.1.116", "Other")]
     assert len({cache, *others}) == 3
     assert manifest.sha256[:32] in cache.name
@@ -140,3 +140,16 @@ def test_the_real_package_has_every_name_that_the_stand_in_has() -> None:
         "TensorLocation": ("DEVICE",),
     }.items():
         assert not [name for name in names if not hasattr(getattr(real, owner), name)]
+
+
+def test_the_real_runtime_on_a_driver_that_can_do_too_little_is_a_message(run_on_host_driver: Run, plan: Path) -> None:
+    """The stand-in driver starts and shows a GPU, and then lacks what TensorRT-RTX itself asks of it."""
+    code = f"""{START}
+try:
+    load(sys.argv[1])
+except EnvironmentLacks as error:
+    print(held(), error)
+"""
+    said = run_on_host_driver(code, plan)
+    assert said.startswith("0 tensorrt_rtx cannot make an engine of model.fp16.plan (built with ")
+    assert "not supported in the installed CUDA driver" in said
