@@ -43,7 +43,7 @@ class DeviceRuns:
             if isinstance(feed, CudaArray):
                 binding.bind_input(name, self._kind, 0, feed.dtype.type, feed.shape, feed.address)
             else:
-                binding.bind_cpu_input(name, np.ascontiguousarray(feed))
+                binding.bind_cpu_input(name, feed)
         for name in self._outputs:
             binding.bind_output(name, self._kind if on_device else "cpu")
         self._session.run_with_iobinding(binding)

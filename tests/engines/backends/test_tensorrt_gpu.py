@@ -23,8 +23,15 @@ RELATIVE = 2e-2
 
 
 @pytest.fixture(params=["tensorrt", "tensorrt_rtx"])
-def plan(request: pytest.FixtureRequest, model: Path, tmp_path: Path, seal_plan: Callable[..., Path]) -> Path:
-    """A plan of `model` for this GPU, built here."""
+def plan(
+    request: pytest.FixtureRequest,
+    model: Path,
+    tmp_path: Path,
+    seal_plan: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A plan of `model` for this GPU, built here. Its compiled kernels are kept in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trt: Any = pytest.importorskip(request.param)
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
@@ -53,9 +60,8 @@ def plan(request: pytest.FixtureRequest, model: Path, tmp_path: Path, seal_plan:
 
 
 @pytest.fixture
-def made(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Made]:
-    """`made(**limits)` is the backend of `plan`, closed at the end; kernels are kept in a folder of the test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def made(plan: Path) -> Iterator[Made]:
+    """`made(**limits)` is the backend of `plan`, closed at the end."""
     backends = []
 
     def make(**limits: Any) -> TensorRTBackend:
