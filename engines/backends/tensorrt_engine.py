@@ -46,6 +46,8 @@ class TensorRTEngine:
         logger, self._complaints = logger_of(manifest.backend)
         try:
             self._runtime = self._made(trt.Runtime(logger), "a runtime")
+            if manifest.version_compatible:
+                self._runtime.engine_host_code_allowed = True  # that of its own release; the manifest vouches for it
             self._engine = self._made(self._runtime.deserialize_cuda_engine(plan), "an engine")
             self._check_tensors()
         except BaseException:

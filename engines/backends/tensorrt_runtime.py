@@ -4,6 +4,7 @@ The caller has probed the driver: a `Runtime` made on a machine without one cras
 """
 
 import importlib
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -17,17 +18,19 @@ from tnm_pipeline.engines.manifest import Manifest
 
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # module -> what pip installs
 _UNCLAIMED_KEPT = 4
+_AMPERE = (8, 0)  # compute capability
 
 
 def check_gpu(manifest: Manifest, driver: Driver) -> None:
-    """Refuse a machine whose first GPU is not one the plan was built for; imports nothing.
+    """Refuse a machine whose first GPU is not one the plan runs on; imports nothing.
 
     Args:
         manifest: The manifest of the plan.
         driver: What the driver probe found.
 
     Raises:
-        EnvironmentLacks: There is no GPU, or its compute capability is not in the manifest.
+        EnvironmentLacks: There is no GPU, or its compute capability is not in the manifest, which may also say that
+            the plan runs on all since Ampere.
     """
     if not driver.gpus:
         raise EnvironmentLacks(
@@ -35,7 +38,8 @@ def check_gpu(manifest: Manifest, driver: Driver) -> None:
             f"with an NVIDIA driver and a GPU of compute capability {', '.join(manifest.compute_capabilities)}"
         )
     gpu, built_for = driver.gpus[0], manifest.compute_capabilities
-    if gpu.compute_capability not in built_for:
+    since_ampere = manifest.hardware_compatible == "ampere_plus" and _numbers(gpu.compute_capability) >= _AMPERE
+    if gpu.compute_capability not in built_for and not since_ampere:
         raise EnvironmentLacks(
             f"{manifest.artifact} was built for compute capability {', '.join(built_for)}, and {gpu.name} "
             f"has {gpu.compute_capability}: build it for this GPU with `tnm-pipeline export --trt --set "
@@ -44,7 +48,7 @@ def check_gpu(manifest: Manifest, driver: Driver) -> None:
 
 
 def runtime_module(manifest: Manifest) -> Any:
-    """Import what the manifest names: a plan runs only in the release that built it.
+    """Import what the manifest names: a plan runs only in the release that built it, or later ones if it says so.
 
     Source: NVIDIA, "Engine Compatibility", for both TensorRT and TensorRT-RTX.
 
@@ -65,12 +69,18 @@ def runtime_module(manifest: Manifest) -> Any:
             f"{manifest.artifact} was built with {manifest.backend} {built_with}, and {trt.__version__} is installed: "
             "TensorRT 10 is the oldest that is served. Build it again with a newer one: `tnm-pipeline export --trt`"
         )
-    if trt.__version__.split(".")[:2] != built_with.split(".")[:2]:
+    here, there = _numbers(trt.__version__), _numbers(built_with)
+    if here != there and not (manifest.version_compatible and here > there):
         raise EnvironmentLacks(
             f"{manifest.artifact} was built with {manifest.backend} {built_with}, and {trt.__version__} is "
             f"installed: run `{install}`, or rebuild it with `tnm-pipeline export --trt`"
         )
     return trt
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first two: those of a release, or a compute capability."""
+    return tuple(int(number) for number in re.findall(r"[0-9]+", version)[:2])
 
 
 class Complaints:

@@ -1,6 +1,7 @@
 """The TensorRT backend: what it refuses before TensorRT is imported, and its calls against a stand-in."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,49 @@ except EnvironmentLacks as error:
     said = run_on_host_driver(code, doubler(backend_version="10.8.0.43"), PYTHONPATH=stand_in)
     assert "was built with tensorrt 10.8.0.43, and 10.13.2.6 is installed" in said
     assert "pip install 'tensorrt==10.8.*'" in said
+
+
+def test_a_plan_for_later_releases_runs_in_them_and_not_in_earlier_ones(
+    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: str
+) -> None:
+    code = f"""{START}
+try:
+    with load(sys.argv[1], warm_up=False) as session:
+        ask(session, 2)
+    print("answered")
+except EnvironmentLacks as error:
+    print(error)
+"""
+    said = [
+        run_on_host_driver(
+            code, doubler(b"a plan with code", backend_version=version, version_compatible=yes), PYTHONPATH=stand_in
+        )
+        for version, yes in (("10.8.0.43", True), ("9.3.0", True), ("10.14.0.1", True), ("10.13.0.35", False))
+    ]
+    assert [line.strip() for line in said[:2]] == ["answered"] * 2
+    assert "was built with tensorrt 10.14.0.1, and 10.13.2.6 is installed" in said[2]
+    assert "host code is not allowed" in said[3]
+
+
+@pytest.mark.parametrize(
+    ("built_for", "compatible", "here", "runs"),
+    [
+        ("8.9", "ampere_plus", "9.0", True),
+        ("9.0", "ampere_plus", "8.0", True),
+        ("8.9", "ampere_plus", "10.3", True),
+        ("8.9", "ampere_plus", "7.5", False),
+        ("8.9", "same_compute_capability", "8.9", True),
+        ("8.9", "same_compute_capability", "9.0", False),
+        ("8.9", None, "9.0", False),
+    ],
+)
+def test_a_plan_for_other_gpus_runs_on_those_that_it_names(
+    doubler: Callable[..., Path], built_for: str, compatible: str | None, here: str, runs: bool
+) -> None:
+    manifest = verify_artifact(doubler(compute_capabilities=(built_for,), hardware_compatible=compatible))
+    machine = Driver("13.0", (Gpu("some GPU", here),), None)
+    with nullcontext() if runs else pytest.raises(EnvironmentLacks, match="was built for compute capability"):
+        check_gpu(manifest, machine)
 
 
 def test_a_release_before_10_is_too_old(run_on_host_driver: Run, doubler: Callable[..., Path], tmp_path: Path) -> None:

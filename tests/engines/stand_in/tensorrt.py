@@ -57,7 +57,12 @@ class Runtime:
     def __init__(self, logger: ILogger) -> None:
         self.logger = logger
 
+    engine_host_code_allowed = False
+
     def deserialize_cuda_engine(self, plan: bytes) -> Any:
+        if plan == b"a plan with code" and not self.engine_host_code_allowed:
+            self.logger.log(ILogger.Severity.ERROR, "host code is not allowed")
+            return None
         if plan.startswith(b"a plan"):
             return Engine(self.logger, host=plan == b"a plan of shapes")
         self.logger.log(ILogger.Severity.WARNING, "a warning")
