@@ -1,20 +1,17 @@
-"""The part of the CUDA driver API that inference needs, through ctypes: no torch, no cupy, no CUDA toolkit.
-
-TensorRT's own CUDA runtime works in whichever context is current, so both share the primary context of GPU 0.
-"""
+"""The part of the CUDA driver API that inference needs, through ctypes: no torch, no cupy, no CUDA toolkit."""
 
 import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_ulonglong, c_void_p
 from typing import Any
-
-from numpy.typing import NDArray
 
 from tnm_pipeline.engines.errors import DeviceOutOfMemory, EnvironmentLacks
 
-# Argument types from cuda.h. Without them ctypes would pass a 64-bit address as a 32-bit int.
+# Argument types from cuda.h. Without them ctypes would pass a 64-bit address as a 32-bit int. Names are those of the
+# library, where a plain name is often an older function: cuda.h defines cuMemAlloc as cuMemAlloc_v2, and
+# cuGraphInstantiate as cuGraphInstantiateWithFlags.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
     "cuDriverGetVersion": (POINTER(c_int),),
@@ -29,14 +26,29 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuCtxPopCurrent_v2": (POINTER(c_void_p),),
     "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
     "cuMemFree_v2": (c_uint64,),
+    "cuMemAllocHost_v2": (POINTER(c_void_p), c_size_t),
+    "cuMemFreeHost": (c_void_p,),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
+    "cuMemcpyDtoDAsync_v2": (c_uint64, c_uint64, c_size_t, c_void_p),
+    "cuMemcpyDtoH_v2": (c_void_p, c_uint64, c_size_t),
+    "cuPointerGetAttribute": (c_void_p, c_int, c_uint64),
     "cuStreamCreate": (POINTER(c_void_p), c_uint),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
+    "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
+    "cuStreamBeginCapture_v2": (c_void_p, c_int),
+    "cuStreamEndCapture": (c_void_p, POINTER(c_void_p)),
+    "cuThreadExchangeStreamCaptureMode": (POINTER(c_int),),
+    "cuEventCreate": (POINTER(c_void_p), c_uint),
+    "cuEventRecord": (c_void_p, c_void_p),
+    "cuEventDestroy_v2": (c_void_p,),
+    "cuGraphInstantiateWithFlags": (POINTER(c_void_p), c_void_p, c_ulonglong),
+    "cuGraphLaunch": (c_void_p, c_void_p),
+    "cuGraphExecDestroy": (c_void_p,),
+    "cuGraphDestroy": (c_void_p,),
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
 }
-_STREAM_NON_BLOCKING = 1
 _SUCCESS, _OUT_OF_MEMORY = 0, 2
 
 
@@ -45,7 +57,7 @@ class CudaError(EnvironmentLacks):
 
 
 class CudaDriver:
-    """The driver library, loaded and initialised; every call is checked.
+    """The driver library, loaded and initialised; every call is checked. Any number of threads.
 
     Raises:
         OSError: The library is not installed.
@@ -74,84 +86,38 @@ class CudaDriver:
         if code == _SUCCESS:
             return
         if code == _OUT_OF_MEMORY:
-            raise DeviceOutOfMemory(f"{name}: the GPU is out of memory; use a smaller batch or free the GPU")
+            short = "page-locked host memory" if name == "cuMemAllocHost_v2" else "memory"
+            raise DeviceOutOfMemory(f"{name}: the GPU is out of {short}; use a smaller batch or free the GPU")
         error_name = c_char_p()
         self._library.cuGetErrorName(code, byref(error_name))  # leaves a null where it does not know the code
         raise CudaError(f"{name} failed with {(error_name.value or b'an unknown error').decode()} ({code})")
 
 
-class Device:
-    """GPU 0's primary context, one stream, and named buffers that grow and are reused. One thread at a time.
+class PrimaryContext:
+    """GPU 0's primary context, where TensorRT's own CUDA runtime, torch and cupy live too. Any number of threads.
 
-    Every method but `current` and `close` must run inside `with device.current():`.
+    Each object holds it once, until `release`.
 
     Raises:
-        CudaError: The context or the stream cannot be created.
+        CudaError: The context cannot be created.
     """
 
     def __init__(self, driver: CudaDriver) -> None:
         self._driver = driver
         self._ordinal = c_int()
-        self._context = c_void_p()
-        self._stream = c_void_p()
-        self._buffers: dict[str, tuple[int, int]] = {}  # name -> (address, capacity in bytes)
+        self._handle = c_void_p()
         driver.call("cuDeviceGet", byref(self._ordinal), 0)
-        driver.call("cuDevicePrimaryCtxRetain", byref(self._context), self._ordinal)
-        try:
-            with self.current():
-                driver.call("cuStreamCreate", byref(self._stream), _STREAM_NON_BLOCKING)
-        except CudaError:
-            driver.call("cuDevicePrimaryCtxRelease_v2", self._ordinal)
-            raise
-
-    @property
-    def stream(self) -> int:
-        """The stream's handle, as TensorRT takes it."""
-        assert self._stream.value is not None, "the stream is created before anybody can ask for it"
-        return self._stream.value
+        driver.call("cuDevicePrimaryCtxRetain", byref(self._handle), self._ordinal)
 
     @contextmanager
     def current(self) -> Iterator[None]:
         """Make this context current for the calling thread, and restore the caller's own one afterwards."""
-        self._driver.call("cuCtxPushCurrent_v2", self._context)
+        self._driver.call("cuCtxPushCurrent_v2", self._handle)
         try:
             yield
         finally:
             self._driver.call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
-    def reserve(self, name: str, size: int) -> int:
-        """The address of the buffer `name`, of at least `size` bytes; growing it loses its content."""
-        size = max(size, 1)  # CUDA refuses to allocate nothing, TensorRT refuses a null address
-        address, capacity = self._buffers.get(name, (0, 0))
-        if size <= capacity:
-            return address
-        if capacity:
-            del self._buffers[name]
-            self._driver.call("cuMemFree_v2", address)
-        grown = c_uint64()
-        self._driver.call("cuMemAlloc_v2", byref(grown), size)
-        self._buffers[name] = (grown.value, size)
-        return grown.value
-
-    def upload(self, address: int, array: NDArray[Any]) -> None:
-        """Queue a copy of a C-contiguous array to `address`; keep the array alive until `synchronize`."""
-        if array.nbytes:
-            self._driver.call("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, self._stream)
-
-    def download(self, array: NDArray[Any], address: int) -> None:
-        """Queue a copy from `address` into a C-contiguous array, filled once `synchronize` returns."""
-        if array.nbytes:
-            self._driver.call("cuMemcpyDtoHAsync_v2", array.ctypes.data, address, array.nbytes, self._stream)
-
-    def synchronize(self) -> None:
-        """Wait for everything queued; a failure inside a kernel surfaces here."""
-        self._driver.call("cuStreamSynchronize", self._stream)
-
-    def close(self) -> None:
-        """Free the buffers and the stream and release the context."""
-        with self.current():
-            for address, _ in self._buffers.values():
-                self._driver.call("cuMemFree_v2", address)
-            self._buffers.clear()
-            self._driver.call("cuStreamDestroy_v2", self._stream)
+    def release(self) -> None:
+        """Give it back; nothing may be done with this object afterwards."""
         self._driver.call("cuDevicePrimaryCtxRelease_v2", self._ordinal)

@@ -55,7 +55,8 @@ def load(
         trusted_keys: Ed25519 public keys, as PEM files or 32 bytes, of which one must have signed the manifest, and
             that of the source ONNX where it answers; None: signatures are not looked at.
         finite: Refuse inputs with NaN or infinities.
-        warm_up: Run once before the first call, where the sizes are known.
+        warm_up: Run on zeros before the first call: a plan at the sizes of its profiles, an ONNX file at the smallest,
+            where the network takes them. A plan that cannot run so is refused with what `Session.run` would raise.
         on_call: Called after every call, in the caller's thread or a worker, with the caller's context variables.
 
     Returns:
@@ -143,6 +144,12 @@ class Loader:
     def _engine(
         self, path: Path, content: Content, backend: Backend, why: str, fallback_reason: str | None = None
     ) -> Engine:
+        if self.warm_up:
+            try:
+                backend.warm_up()
+            except BaseException:
+                backend.close()
+                raise
         return Engine(
             path,
             content.manifest,

@@ -25,6 +25,7 @@ __all__ = ["BACKENDS", "PRECISIONS", "SCHEMA", "ExternalFile", "Manifest", "Rang
 SCHEMA = 1
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 PRECISIONS = ("fp32", "fp16", "bf16")
+HARDWARE = (None, "ampere_plus", "same_compute_capability")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMPUTE_CAPABILITY = re.compile(r"[1-9][0-9]*\.[0-9]")
@@ -82,6 +83,11 @@ class Manifest:
         operating_system: The one that a plan runs on (`"linux"`, `"windows"`); None where it runs on every one that
             its runtime supports, as ONNX files and TensorRT-RTX plans do.
         cpu_architecture: Likewise that of the CPU (`"x86_64"`, `"aarch64"`).
+        version_compatible: Whether later releases of `tensorrt` than `backend_version` run the plan too; it then has
+            code for the CPU in it.
+        hardware_compatible: Which other GPUs than that of the building machine run a plan of `tensorrt`:
+            `"ampere_plus"`: all of compute capability 8.0 and later; `"same_compute_capability"`: those of the same
+            one; None: it was tuned for that GPU.
         provenance: Where the artifact comes from; any JSON object, which no reader has to understand. Our exporter
             states `packages` (name -> version), and `checkpoint_sha256` and `settings_sha256` where it knows them.
 
@@ -108,6 +114,8 @@ class Manifest:
     external: tuple[ExternalFile, ...] = ()
     operating_system: str | None = None
     cpu_architecture: str | None = None
+    version_compatible: bool = False
+    hardware_compatible: str | None = None
     provenance: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -141,6 +149,14 @@ class Manifest:
         else:
             decode.require(not self.external, f"a {self.backend} plan has no external files")
             decode.require(bool(self.compute_capabilities), f"a {self.backend} plan lists no compute capability")
+        decode.require(
+            self.hardware_compatible in HARDWARE,
+            f"hardware_compatible is {self.hardware_compatible!r}; known: {', '.join(map(str, HARDWARE))}",
+        )
+        decode.require(
+            self.backend == "tensorrt" or not (self.version_compatible or self.hardware_compatible),
+            f"only tensorrt builds plans for other releases or GPUs, not {self.backend}",
+        )
         decode.require(
             (self.operating_system is None) == (self.cpu_architecture is None),
             "operating_system and cpu_architecture go together",
@@ -205,6 +221,8 @@ class Manifest:
             external=decode.sequence(record["external"], "external", _external_file),
             operating_system=decode.optional(record["operating_system"], "operating_system", decode.text),
             cpu_architecture=decode.optional(record["cpu_architecture"], "cpu_architecture", decode.text),
+            version_compatible=decode.truth(record["version_compatible"], "version_compatible"),
+            hardware_compatible=decode.optional(record["hardware_compatible"], "hardware_compatible", decode.text),
             provenance=decode.mapping(record["provenance"], "provenance"),
         )
 

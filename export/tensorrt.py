@@ -207,6 +207,8 @@ def build_plan(
             sparsity=sparsity,
             profiles=used,
             **machine,
+            version_compatible=options.version_compatible,
+            hardware_compatible=options.hardware_compatible,
             provenance={**provenance, "packages": package_versions("tnm-pipeline", "onnx", name.replace("_", "-"))},
         )
         draft.replace(plan_path)

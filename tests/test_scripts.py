@@ -203,3 +203,34 @@ def test_gpu_export_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -
     done = run_script("gpu_export.py")
     assert done.returncode == 4
     assert "--quick on the CPU" in done.stderr
+
+
+@pytest.mark.slow
+def test_gpu_engines_has_a_quick_mode_for_the_cpu(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = run_script("gpu_engines.py", "--quick", "--json", str(report))
+    assert done.returncode == 0, done.stderr
+    written = json.loads(report.read_text(encoding="utf-8"))
+    rows = written["rows"]
+    assert written["environment"]["cores"] >= 1
+    assert {row["question"] for row in rows} == {"answers", "contexts", "load"}
+    assert {row["network"] for row in rows} == {"products 64", "residual", "encoder"}
+    for row in rows:
+        if row["question"] == "answers":
+            assert row["error"] == 0  # the reference is the same runtime
+        elif row["question"] == "contexts":
+            assert row["samples_per_s"] > 0
+            assert row["range"][0] <= row["ratio"] <= row["range"][1]
+        else:
+            assert row["load_s"] > 0
+            assert row["first_answer_s"] > 0
+    assert {one["way"] for one in written["skipped"]} == {"tensorrt", "tensorrt_rtx", "onnxruntime"}
+    assert "skipped: onnxruntime, arrays: --quick is for the CPU" in done.stdout
+
+
+@pytest.mark.slow
+def test_gpu_engines_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = run_script("gpu_engines.py")
+    assert done.returncode == 4
+    assert "--quick on the CPU" in done.stderr

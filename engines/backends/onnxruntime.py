@@ -3,16 +3,19 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import onnxruntime
 from onnxruntime.capi import (
     onnxruntime_pybind11_state as errors,  # pyright: ignore[reportAttributeAccessIssue] - compiled, no stubs
 )
 
-from tnm_pipeline.engines.backends import Array
+from tnm_pipeline.engines.arrays import Feed
+from tnm_pipeline.engines.backends.onnxruntime_binding import DeviceRuns
 from tnm_pipeline.engines.driver import Driver
-from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks, RunFailed
+from tnm_pipeline.engines.errors import ArtifactRejected, EnvironmentLacks, FeedError, RunFailed
 from tnm_pipeline.engines.limits import Limits
 from tnm_pipeline.engines.manifest import Manifest, TensorSpec
 from tnm_pipeline.engines.pool import Pool
@@ -98,16 +101,26 @@ class OnnxRuntimeBackend:
         _check_tensors("inputs", manifest.inputs, self._session.get_inputs())
         _check_tensors("outputs", manifest.outputs, self._session.get_outputs())
         self._artifact = manifest.artifact
+        self._inputs = manifest.inputs
         self._outputs = [spec.name for spec in manifest.outputs]
         self._turns = Pool([None] * limits.contexts, limits.patience)
+        self._device_runs = DeviceRuns(self._session, self._outputs) if self.device == "cuda" else None
 
-    def run(self, feeds: Mapping[str, Array], deadline: float | None = None) -> dict[str, Array]:
+    def run(
+        self, feeds: Mapping[str, Feed], deadline: float | None = None, *, on_device: bool = False
+    ) -> dict[str, Any]:
         """See `Backend.run`."""
+        bound = on_device
+        for feed in feeds.values():
+            if type(feed) is not np.ndarray:
+                bound = True
         turn = self._turns.take(deadline)
         try:
+            if bound:
+                return self._run_bound(feeds, on_device)
             answers: Sequence[Any] = self._session.run(self._outputs, feeds)
         except _RUN_ERRORS as error:
-            shapes = {name: array.shape for name, array in feeds.items()}
+            shapes = {name: feed.shape for name, feed in feeds.items()}
             raise RunFailed(
                 f"{self._artifact} fails on inputs of shapes {shapes} in ONNX Runtime {onnxruntime.__version__}: "
                 f"{error}. Give sizes and values that the network can take; where memory is short, a smaller batch"
@@ -116,9 +129,36 @@ class OnnxRuntimeBackend:
             self._turns.give_back(turn)
         return dict(zip(self._outputs, answers, strict=True))
 
+    def warm_up(self) -> None:
+        """Run zeros once, so that memory is allocated and, on CUDA, kernels are loaded.
+
+        An ONNX file says nothing of the sizes it will be asked for: a dynamic dimension has the one that the manifest
+        was told is usual, else 1. A network that cannot take these stays cold.
+        """
+        usual = {dim: best for spec in self._inputs for dim, (_, best, _) in spec.ranges.items()}
+        feeds = {
+            spec.name: np.zeros([dim if isinstance(dim, int) else usual.get(dim, 1) for dim in spec.shape], spec.dtype)
+            for spec in self._inputs
+        }
+        with suppress(RunFailed):
+            self.run(feeds)
+
+    def describe(self) -> dict[str, object]:
+        """See `Backend.describe`."""
+        return {"contexts": self._turns.size, "providers": list(self._session.get_providers())}
+
     def close(self) -> None:
         """Drop the session; ONNX Runtime frees it with the last reference."""
         del self._session
+        self._device_runs = None
+
+    def _run_bound(self, feeds: Mapping[str, Feed], on_device: bool) -> dict[str, Any]:
+        if self._device_runs is None:
+            raise FeedError(
+                f"{self._artifact} runs on the CPU, and {'on_device' if on_device else 'an input'} asks for a GPU: "
+                "pass numpy arrays, or load it with device='cuda'"
+            )
+        return self._device_runs.run(feeds, on_device=on_device)
 
     def _check_provider(self, manifest: Manifest, device: str, on_gpu: bool) -> None:
         if not on_gpu or self.device == "cuda":

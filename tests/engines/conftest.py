@@ -191,6 +191,32 @@ def seal_plan() -> Callable[..., Path]:
     return seal
 
 
+@pytest.fixture
+def stand_in() -> str:
+    """What PYTHONPATH needs for `import tensorrt` and `import tensorrt_rtx` to find the stand-ins."""
+    return str(Path(__file__).with_name("stand_in"))
+
+
+@pytest.fixture
+def doubler(tmp_path: Path, model: Path, seal_plan: Callable[..., Path]) -> Callable[..., Path]:
+    """`doubler(content, **changes)`: an artifact for the stand-in, with its manifest."""
+
+    def write(content: bytes = b"a plan", **changes: Any) -> Path:
+        path = tmp_path / "build" / "model.plan"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        values = {
+            "backend": "tensorrt",
+            "backend_version": "10.13.0.35",
+            "compute_capabilities": ("8.9",),
+            "outputs": (TensorSpec("output", "float32", ("batch", 8), {}),),
+        }
+        seal_plan(path, model, **{**values, **changes})
+        return path
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def host_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that holds the compiled stand-in driver."""
@@ -200,7 +226,8 @@ def host_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("driver")
     source = Path(__file__).with_name("host_driver.c")
     subprocess.run(
-        [compiler, "-shared", "-fPIC", "-Wall", "-Werror", source, "-o", folder / "libcuda.so.1"], check=True
+        [compiler, "-shared", "-fPIC", "-pthread", "-Wall", "-Werror", source, "-o", folder / "libcuda.so.1"],
+        check=True,
     )
     return folder
 
@@ -211,6 +238,8 @@ def run_on_host_driver(host_driver: Path) -> Run:
 
     def run(code: str, *arguments: object, **environment: str) -> str:
         settings = {"HOST_DRIVER_CAPABILITY": "8.9", "LD_LIBRARY_PATH": str(host_driver), **environment}
+        if "PYTHONPATH" in environment and "PYTHONPATH" in os.environ:
+            settings["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], os.environ["PYTHONPATH"]])
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)],
             env={**os.environ, **settings},

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tnm_pipeline.engines.cuda import CudaDriver, Device
+from tnm_pipeline.engines.cuda import CudaDriver
+from tnm_pipeline.engines.device import Device
 
 Run = Callable[..., str]
 
@@ -40,7 +41,8 @@ def test_what_goes_up_comes_down_and_everything_is_freed(run_on_host_driver: Run
         HELD
         + """
 import numpy as np
-from tnm_pipeline.engines.cuda import CudaDriver, Device
+from tnm_pipeline.engines.cuda import CudaDriver
+from tnm_pipeline.engines.device import Device
 device = Device(CudaDriver())
 for rows in (3, 1000, 0, 7):
     there = np.arange(rows * 5, dtype=np.float32).reshape(rows, 5)
@@ -62,7 +64,8 @@ print(held())
 
 def test_a_buffer_is_reused_until_it_must_grow(run_on_host_driver: Run) -> None:
     code = """
-from tnm_pipeline.engines.cuda import CudaDriver, Device
+from tnm_pipeline.engines.cuda import CudaDriver
+from tnm_pipeline.engines.device import Device
 device = Device(CudaDriver())
 with device.current():
     first = device.reserve("x", 100)
@@ -80,7 +83,8 @@ def test_a_failed_call_is_named_and_the_context_is_restored(run_on_host_driver: 
         + """
 from tnm_pipeline.engines import EnvironmentLacks
 from tnm_pipeline.engines.errors import DeviceOutOfMemory
-from tnm_pipeline.engines.cuda import CudaDriver, Device
+from tnm_pipeline.engines.cuda import CudaDriver
+from tnm_pipeline.engines.device import Device
 device = Device(CudaDriver())
 for action in (lambda: device.reserve("x", 1 << 40), lambda: device.upload(1, __import__("numpy").ones(0))):
     try:

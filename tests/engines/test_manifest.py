@@ -120,6 +120,12 @@ def test_what_is_not_a_manifest_is_refused(text: str) -> None:
         (lambda r: r["inputs"][0].update(extra=1), r"unknown keys \['extra'\]"),
         (lambda r: r.update(source_onnx="model.onnx"), "go together"),
         (lambda r: r.update(operating_system="linux"), "runs on every operating system"),
+        (lambda r: r.update(hardware_compatible="hopper"), "hardware_compatible is 'hopper'"),
+        (lambda r: r.update(version_compatible=True), "only tensorrt builds plans for other releases or GPUs"),
+        (
+            lambda r: r.update(hardware_compatible="ampere_plus"),
+            "only tensorrt builds plans for other releases or GPUs",
+        ),
         (lambda r: r.update(cpu_architecture="x86_64"), "go together"),
         (lambda r: r.update(provenance=[]), "provenance must be an object"),
         (lambda r: r.update(backend_version="1'; echo '"), "is no version"),

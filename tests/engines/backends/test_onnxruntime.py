@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from onnx import helper
 from tnm_pipeline.engines import (
     ArtifactRejected,
     EnvironmentLacks,
+    FeedError,
     Manifest,
     RunFailed,
     TensorSpec,
     load,
     write_manifest,
 )
+from tnm_pipeline.engines.arrays import CudaArray, as_feed
 from tnm_pipeline.engines.artifact import read_verified, sha256_of
 from tnm_pipeline.engines.backends.onnxruntime import OnnxRuntimeBackend
 from tnm_pipeline.engines.driver import Driver, Gpu, probe
@@ -150,3 +153,96 @@ def test_a_manifest_of_other_tensors_is_refused(model: Path, changes: dict[str, 
     seal(model, read_verified(model).manifest, **changes)
     with pytest.raises(ArtifactRejected, match=r"\(name, dtype, rank\) are .* its manifest states"):
         load(model, device="cpu")
+
+
+def test_warm_up_runs_where_it_can_and_leaves_the_rest_cold(model: Path, tmp_path: Path) -> None:
+    backend = made(model, "cpu", NO_GPU)
+    backend.warm_up()
+    assert backend.describe() == {"contexts": 2, "providers": ["CPUExecutionProvider"]}
+    kind = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["input", "shape"], ["output"])],
+        "pairs",
+        [helper.make_tensor_value_info("input", kind, ["batch", 8])],
+        [helper.make_tensor_value_info("output", kind, ["pairs", 16])],
+        [helper.make_tensor("shape", onnx.TensorProto.INT64, [2], [-1, 16])],
+    )
+    path = tmp_path / "pairs.onnx"
+    opset = helper.make_opsetid("", 20)
+    path.write_bytes(helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString())
+    seal(path, read_verified(model).manifest)
+    odd = made(path, "cpu", NO_GPU)
+    odd.warm_up()  # one row is half a pair
+    assert odd.run({"input": np.zeros((2, 8), np.float32)})["output"].shape == (1, 16)
+
+
+def test_warm_up_takes_the_usual_sizes_where_the_manifest_has_them(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_verified(model).manifest
+    seal(model, manifest, inputs=(TensorSpec("input", "float32", ("batch", 8), {"batch": (1, 5, 9)}),))
+    backend = made(model, "cpu", NO_GPU)
+    seen: list[tuple[int, ...]] = []
+
+    def run(feeds: dict[str, Any]) -> None:
+        seen.append(feeds["input"].shape)
+
+    monkeypatch.setattr(backend, "run", run)
+    backend.warm_up()
+    assert seen == [(5, 8)]
+
+
+def test_arrays_of_a_gpu_are_refused_on_the_cpu(model: Path) -> None:
+    backend = made(model, "cpu", NO_GPU)
+    there = CudaArray(4096, (2, 8), np.dtype("float32"), None, None)
+    with pytest.raises(FeedError, match=r"model\.fp32\.onnx runs on the CPU, and an input asks for a GPU"):
+        backend.run({"input": there})
+    with pytest.raises(FeedError, match="and on_device asks for a GPU"):
+        backend.run({"input": np.zeros((2, 8), np.float32)}, on_device=True)
+    assert backend.run({"input": np.zeros((2, 8), np.float32)})["output"].shape == (2, 16)
+
+
+BOUND = """
+import sys
+from pathlib import Path
+import numpy as np
+import onnxruntime
+from tnm_pipeline.engines.arrays import CudaArray
+from tnm_pipeline.engines.backends.onnxruntime_binding import DeviceRuns
+session = onnxruntime.InferenceSession(Path(sys.argv[1]).read_bytes(), providers=["CPUExecutionProvider"])
+given = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+expected = session.run(["output"], {"input": given})[0]
+there = CudaArray(given.ctypes.data, given.shape, given.dtype, 1, given)
+runs = DeviceRuns(session, ["output"], kind="cpu")
+for feed in (there, given):
+    answer = runs.run({"input": feed}, on_device=False)["output"]
+    assert np.array_equal(answer, expected)
+    kept = runs.run({"input": feed}, on_device=True)["output"]
+    runs.run({"input": np.zeros((3, 8), np.float32)}, on_device=True)
+    assert kept.shape == (3, 16) and np.array_equal(kept.numpy(), expected), "an output belongs to the caller"
+del runs, session
+assert np.array_equal(kept.numpy(), expected), "and outlives the session"
+import ctypes
+print(ctypes.CDLL("libcuda.so.1").host_driver_held())
+"""
+
+
+def test_bound_inputs_and_outputs_are_read_and_kept_where_they_are(
+    model: Path, run_on_host_driver: Callable[..., str]
+) -> None:
+    """ONNX Runtime's own binding, on memory of the CPU. That its CUDA provider does the same, only a GPU can show."""
+    assert run_on_host_driver(BOUND, model).strip() == "0"
+
+
+@pytest.mark.gpu
+def test_tensors_of_torch_are_read_on_the_gpu_and_outputs_stay_there(model: Path) -> None:
+    torch: Any = pytest.importorskip("torch")
+    backend, reference = made(model, "cuda", probe()), made(model, "cpu", NO_GPU)
+    given = torch.randn(3, 8, device="cuda")
+    feeds = {"input": as_feed(read_verified(model).manifest.inputs[0], given)}
+    expected = reference.run({"input": given.cpu().numpy()})["output"]
+    answer = backend.run(feeds, on_device=True)["output"]
+    # TF32 products: 10 bits of mantissa over sums of 8
+    np.testing.assert_allclose(torch.as_tensor(answer, device="cuda").cpu().numpy(), expected, rtol=2e-2, atol=2e-2)
+    np.testing.assert_allclose(torch.from_dlpack(answer).cpu().numpy(), answer.numpy())
+    np.testing.assert_allclose(backend.run(feeds)["output"], answer.numpy())

@@ -1,134 +1,20 @@
-"""The TensorRT backend: what it refuses before TensorRT is imported, its calls against a stand-in, and a real GPU.
-
-`STAND_IN` has the calls of TensorRT that the backend makes and computes output = 2 * input, reading and writing the
-addresses that it is given. It proves our side; only `pytest -m gpu` proves TensorRT's.
-"""
+"""The TensorRT backend: what it refuses before TensorRT is imported, and its calls against a stand-in."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tnm_pipeline.engines import EnvironmentLacks, FeedError, TensorSpec, load, verify_artifact
-from tnm_pipeline.engines.backends.tensorrt import check_gpu, covering_profile
+from tests.engines.backends.on_stand_ins import START
+from tnm_pipeline.engines import EnvironmentLacks, FeedError, TensorSpec, verify_artifact
+from tnm_pipeline.engines.backends.tensorrt_profiles import covering_profile, warm_sizes, zero_feeds
+from tnm_pipeline.engines.backends.tensorrt_runtime import check_gpu
 from tnm_pipeline.engines.driver import Driver, Gpu, probe
 
 Run = Callable[..., str]
-
-STAND_IN = """
-import ctypes, enum
-import numpy as np
-
-__version__ = "10.13.2.6"
-
-class TensorIOMode(enum.Enum):
-    INPUT, OUTPUT = 0, 1
-
-class ILogger:
-    class Severity(enum.Enum):
-        INTERNAL_ERROR, ERROR, WARNING = 0, 1, 2
-
-def nptype(kind):
-    return kind
-
-class Runtime:
-    def __init__(self, logger):
-        self.logger = logger
-
-    def deserialize_cuda_engine(self, plan):
-        if plan == b"a plan":
-            return Engine(self.logger)
-        self.logger.log(ILogger.Severity.WARNING, "a warning")
-        self.logger.log(ILogger.Severity.ERROR, "magic tag does not match")
-
-class Engine:
-    num_io_tensors = 2
-
-    def __init__(self, logger):
-        self.logger = logger
-
-    def get_tensor_name(self, index):
-        return ("output", "input")[index]
-
-    def get_tensor_mode(self, name):
-        return TensorIOMode[name.upper()]
-
-    def get_tensor_dtype(self, name):
-        return np.float32
-
-    def get_tensor_shape(self, name):
-        return (-1, 8)
-
-    def create_execution_context(self):
-        return Context(self.logger)
-
-class Context:
-    def __init__(self, logger):
-        self.logger, self.addresses = logger, {}
-
-    def set_optimization_profile_async(self, index, stream):
-        print("profile", index)
-        return stream != 0 and index != 2
-
-    def set_input_shape(self, name, shape):
-        self.shape = shape
-        if shape[0] == 6:
-            self.logger.log(ILogger.Severity.ERROR, "six is right out")
-        return shape[0] != 6
-
-    def get_tensor_shape(self, name):
-        return (-1, 8) if self.shape[0] == 5 else self.shape
-
-    def set_tensor_address(self, name, address):
-        self.addresses[name] = address
-        return address != 0
-
-    def execute_async_v3(self, stream):
-        if self.shape[0] == 4:
-            return False
-        tensor = ctypes.c_float * int(np.prod(self.shape))
-        given = np.ctypeslib.as_array(tensor.from_address(self.addresses["input"]))
-        np.ctypeslib.as_array(tensor.from_address(self.addresses["output"]))[:] = 2 * given
-        return stream != 0
-"""
-
-START = """
-import ctypes, sys
-import numpy as np
-held = ctypes.CDLL("libcuda.so.1").host_driver_held
-from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, FeedError, load
-"""
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path) -> Path:
-    """A folder for PYTHONPATH in which `import tensorrt` finds `STAND_IN`."""
-    folder = tmp_path / "stand_in"
-    folder.mkdir()
-    (folder / "tensorrt.py").write_text(STAND_IN)
-    return folder
-
-
-@pytest.fixture
-def doubler(tmp_path: Path, model: Path, seal_plan: Callable[..., Path]) -> Callable[..., Path]:
-    """`doubler(content, **changes)`: an artifact for the stand-in, with its manifest."""
-
-    def write(content: bytes = b"a plan", **changes: Any) -> Path:
-        path = tmp_path / "build" / "model.plan"
-        path.parent.mkdir()
-        path.write_bytes(content)
-        values = {
-            "backend": "tensorrt",
-            "backend_version": "10.13.0.35",
-            "compute_capabilities": ("8.9",),
-            "outputs": (TensorSpec("output", "float32", ("batch", 8), {}),),
-        }
-        seal_plan(path, model, **{**values, **changes})
-        return path
-
-    return write
 
 
 def test_a_machine_without_a_gpu_is_told_so(plan: Path) -> None:
@@ -168,7 +54,7 @@ with load(sys.argv[1], fallback="onnxruntime", device="cpu") as session:
 
 
 def test_another_release_is_named_with_the_command(
-    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: Path
+    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: str
 ) -> None:
     code = f"""{START}
 try:
@@ -176,9 +62,93 @@ try:
 except EnvironmentLacks as error:
     print(error)
 """
-    said = run_on_host_driver(code, doubler(backend_version="10.8.0.43"), PYTHONPATH=str(stand_in))
+    said = run_on_host_driver(code, doubler(backend_version="10.8.0.43"), PYTHONPATH=stand_in)
     assert "was built with tensorrt 10.8.0.43, and 10.13.2.6 is installed" in said
     assert "pip install 'tensorrt==10.8.*'" in said
+
+
+def test_a_plan_for_later_releases_runs_in_them_and_not_in_earlier_ones(
+    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: str
+) -> None:
+    code = f"""{START}
+try:
+    with load(sys.argv[1], warm_up=False) as session:
+        ask(session, 2)
+    print("answered")
+except EnvironmentLacks as error:
+    print(error)
+"""
+    said = [
+        run_on_host_driver(
+            code, doubler(b"a plan with code", backend_version=version, version_compatible=yes), PYTHONPATH=stand_in
+        )
+        for version, yes in (("10.8.0.43", True), ("9.3.0", True), ("10.14.0.1", True), ("10.13.0.35", False))
+    ]
+    assert [line.strip() for line in said[:2]] == ["answered"] * 2
+    assert "was built with tensorrt 10.14.0.1, and 10.13.2.6 is installed" in said[2]
+    assert "host code is not allowed" in said[3]
+
+
+@pytest.mark.parametrize(
+    ("built_for", "compatible", "here", "runs"),
+    [
+        ("8.9", "ampere_plus", "9.0", True),
+        ("9.0", "ampere_plus", "8.0", True),
+        ("8.9", "ampere_plus", "10.3", True),
+        ("8.9", "ampere_plus", "7.5", False),
+        ("8.9", "same_compute_capability", "8.9", True),
+        ("8.9", "same_compute_capability", "9.0", False),
+        ("8.9", None, "9.0", False),
+    ],
+)
+def test_a_plan_for_other_gpus_runs_on_those_that_it_names(
+    doubler: Callable[..., Path], built_for: str, compatible: str | None, here: str, runs: bool
+) -> None:
+    manifest = verify_artifact(doubler(compute_capabilities=(built_for,), hardware_compatible=compatible))
+    machine = Driver("13.0", (Gpu("some GPU", here),), None)
+    with nullcontext() if runs else pytest.raises(EnvironmentLacks, match="was built for compute capability"):
+        check_gpu(manifest, machine)
+
+
+def test_a_release_before_10_is_too_old(run_on_host_driver: Run, doubler: Callable[..., Path], tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "tensorrt.py").write_text("__version__ = '8.6.1'")
+    code = f"""{START}
+try:
+    load(sys.argv[1])
+except EnvironmentLacks as error:
+    print(error)
+"""
+    said = run_on_host_driver(code, doubler(backend_version="8.6.1"), PYTHONPATH=str(old))
+    assert "8.6.1 is installed: TensorRT 10 is the oldest that is served" in said
+
+
+@pytest.mark.skipif(bool(probe().gpus), reason="here a driver is")
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("environment", [{}, {"HOST_DRIVER_NO_GPU": "1"}, {"HOST_DRIVER_INIT_FAILS": "100"}])
+def test_without_a_gpu_no_runtime_is_made(
+    backend: str,
+    environment: dict[str, str],
+    run_on_host_driver: Run,
+    doubler: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """TensorRT's own would crash the process. Without a driver, with one that shows no GPU, with one that fails."""
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    (trap / f"{backend}.py").write_text("import os; os.abort()")
+    code = """
+import sys
+from tnm_pipeline.engines import EnvironmentLacks, load
+try:
+    load(sys.argv[1])
+except EnvironmentLacks as error:
+    print(error)
+"""
+    settings = environment or {"LD_LIBRARY_PATH": ""}
+    said = run_on_host_driver(code, doubler(backend=backend), PYTHONPATH=str(trap), **settings)
+    assert said.startswith(f"model.plan is a {backend} plan and needs a GPU: ")
 
 
 def test_a_missing_package_is_named_with_the_command(
@@ -199,44 +169,55 @@ except EnvironmentLacks as error:
 
 
 def test_batches_of_any_size_come_back_and_everything_is_freed(
-    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: Path
+    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: str
 ) -> None:
     code = f"""{START}
-session = load(sys.argv[1])
+session = load(sys.argv[1], warm_up=False)
 answers = []
 for rows in (1, 8, 3, 8):
     given = np.random.default_rng(rows).standard_normal((8, rows)).astype(np.float32).T
     answers.append((session.run({{"input": given}})["output"], 2 * given))
 assert all(np.array_equal(*pair) for pair in answers), "an answer belongs to the caller: later runs leave it alone"
-print(session.backend, session.device, session.fallback_reason, held())
+print(session.backend, session.device, session.fallback_reason)
 session.close()
 print(held())
+network = backend(contexts=2, graphs=0)
+for rows in (1, 8, 3, 8):
+    network.run({{"input": np.ones((rows, 8), np.float32)}})
+print(held())
+network.close()
+print(held())
 """
-    said = run_on_host_driver(code, doubler(), PYTHONPATH=str(stand_in))
-    assert said.splitlines() == ["tensorrt cuda None 4", "0"]  # context, stream and two buffers; then nothing
+    said = run_on_host_driver(code, doubler(), PYTHONPATH=stand_in)
+    assert said.splitlines() == [
+        "tensorrt cuda None",
+        "0",
+        "15",  # twice: CUDA context, stream, scratch, a buffer on each side for input and output; and one more context
+        "0",
+    ]
 
 
 def test_a_failed_run_is_explained_and_the_next_one_answers(
-    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: Path
+    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: str
 ) -> None:
     code = f"""{START}
-with load(sys.argv[1]) as session:
+with load(sys.argv[1], warm_up=False) as session:
     for rows in (9, 6, 5, 4):
         try:
             session.run({{"input": np.ones((rows, 8), np.float32)}})
-        except (ArtifactRejected, EnvironmentLacks, FeedError) as error:
+        except (ArtifactRejected, FeedError, RunFailed) as error:
             print(type(error).__name__, error)
     assert (session.run({{"input": np.ones((2, 8), np.float32)}})["output"] == 2).all()
 print(held())
 """
-    lines = run_on_host_driver(code, doubler(), PYTHONPATH=str(stand_in)).splitlines()
+    lines = run_on_host_driver(code, doubler(), PYTHONPATH=stand_in).splitlines()
     for line, start in zip(
         lines,
         [
             "FeedError input input has batch = 9 on axis 0, and the plan was built for 1 to 8",
             "FeedError TensorRT refuses input input of shape (6, 8): six is right out",
             "ArtifactRejected the shape of output output is (-1, 8): it depends on the data",
-            "EnvironmentLacks TensorRT did not run model.plan: it gives no reason",
+            "RunFailed TensorRT did not run model.plan: it gives no reason",
             "0",
         ],
         strict=True,
@@ -245,20 +226,20 @@ print(held())
 
 
 def test_the_profile_changes_with_the_sizes(
-    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: Path
+    run_on_host_driver: Run, doubler: Callable[..., Path], stand_in: str
 ) -> None:
     """And only then: a change costs time. Profile 0 is what a context starts with, and profile 2 fails."""
     code = f"""{START}
-with load(sys.argv[1]) as session:
-    for rows in (1, 1, 3, 1, 8):
-        try:
-            assert (session.run({{"input": np.ones((rows, 8), np.float32)}})["output"] == 2).all()
-        except EnvironmentLacks as error:
-            print(error)
-        print("rows", rows)
+network = backend(contexts=1, graphs=0)
+for rows in (1, 1, 3, 1, 8):
+    try:
+        assert (network.run({{"input": np.ones((rows, 8), np.float32)}})["output"] == 2).all()
+    except RunFailed as error:
+        print(error)
+    print("rows", rows)
 """
     profiles = tuple({"batch": sizes} for sizes in ((1, 1, 1), (1, 2, 4), (8, 8, 8)))
-    lines = run_on_host_driver(code, doubler(profiles=profiles), PYTHONPATH=str(stand_in)).splitlines()
+    lines = run_on_host_driver(code, doubler(profiles=profiles), PYTHONPATH=stand_in).splitlines()
     assert lines == [
         *("rows 1", "rows 1"),
         *("profile 1", "rows 3"),
@@ -290,6 +271,14 @@ def test_sizes_that_only_the_profiles_together_span() -> None:
         covering_profile(PROFILES, (IDS,), {"ids": np.zeros((2, 64))})
 
 
+def test_warm_up_takes_the_largest_sizes_of_all_profiles_first_and_none_twice() -> None:
+    profiles = [{"n": (1, 4, 8)}, {"n": (1, 8, 8)}, {"n": (1, 2, 16)}]
+    assert warm_sizes(profiles, (IDS,)) == [{"n": 8}, {"n": 16}, {"n": 4}, {"n": 2}]
+    spanned = TensorSpec("x", "float32", ("n", 3), {"n": (1, 4, 8)})
+    assert [zero_feeds((spanned,), sizes)["x"].shape for sizes in warm_sizes((), (spanned,))] == [(8, 3), (4, 3)]
+    assert warm_sizes((), (SCALE,)) == [{}]
+
+
 def test_a_plan_of_fixed_sizes_has_no_profile_to_choose() -> None:
     assert covering_profile((), (SCALE,), {"scale": np.zeros(3)}) == 0
 
@@ -298,6 +287,7 @@ def test_a_plan_of_fixed_sizes_has_no_profile_to_choose() -> None:
     ("content", "changes", "complaint"),
     [
         (b"another plan", {}, "EnvironmentLacks tensorrt cannot make an engine of model.plan"),
+        (b"a plan of shapes", {}, "ArtifactRejected model.plan reads input on the CPU"),
         (
             b"a plan",
             {"outputs": (TensorSpec("y", "float32", ("batch", 8), {}),)},
@@ -308,7 +298,7 @@ def test_a_plan_of_fixed_sizes_has_no_profile_to_choose() -> None:
 def test_a_plan_that_does_not_load_leaves_nothing_on_the_gpu(
     run_on_host_driver: Run,
     doubler: Callable[..., Path],
-    stand_in: Path,
+    stand_in: str,
     content: bytes,
     changes: dict[str, Any],
     complaint: str,
@@ -319,44 +309,7 @@ try:
 except (ArtifactRejected, EnvironmentLacks) as error:
     print(held(), type(error).__name__, error)
 """
-    said = run_on_host_driver(code, doubler(content, **changes), PYTHONPATH=str(stand_in))
+    said = run_on_host_driver(code, doubler(content, **changes), PYTHONPATH=stand_in)
     assert said.startswith(f"0 {complaint}")
     assert "a warning" not in said
-    assert ("magic tag does not match" in said) == (content != b"a plan")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
-def test_a_real_plan_answers_as_onnx_runtime_does(
-    backend: str, model: Path, tmp_path: Path, seal_plan: Callable[..., Path]
-) -> None:
-    trt: Any = pytest.importorskip(backend)
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
-    parser = trt.OnnxParser(network, logger)
-    assert parser.parse(model.read_bytes())
-    config = builder.create_builder_config()
-    profile = builder.create_optimization_profile()
-    profile.set_shape("input", (1, 8), (4, 8), (8, 8))
-    config.add_optimization_profile(profile)
-    path = tmp_path / "build" / "model.plan"
-    path.parent.mkdir()
-    path.write_bytes(bytes(builder.build_serialized_network(network, config)))
-    here = probe().gpus[0]
-    seal_plan(
-        path,
-        model,
-        backend=backend,
-        backend_version=trt.__version__,
-        compute_capabilities=(here.compute_capability,),
-        gpu=here.name,
-    )
-    with load(path) as session, load(model, device="cpu") as reference:
-        for rows in (1, 8, 3):
-            feeds = {"input": np.random.default_rng(rows).standard_normal((rows, 8)).astype(np.float32)}
-            # TF32 products: 10 bits of mantissa over sums of 8
-            np.testing.assert_allclose(
-                session.run(feeds)["output"], reference.run(feeds)["output"], rtol=2e-2, atol=2e-2
-            )
+    assert ("magic tag does not match" in said) == (content == b"another plan")
