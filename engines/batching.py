@@ -2,13 +2,15 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from tnm_pipeline.engines.backends import Array
+from tnm_pipeline.engines.arrays import Array
 from tnm_pipeline.engines.tensors import TensorSpec
 
-Feeds = Mapping[str, Array]
+Feeds: TypeAlias = Mapping[str, Any]
+"""Arrays of the host's memory: those of a GPU are refused before."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from contextvars import Context
 from dataclasses import dataclass
+from typing import Any
 
-from tnm_pipeline.engines.backends import Array
+from tnm_pipeline.engines.arrays import Feed
 from tnm_pipeline.engines.errors import Overloaded, SessionClosed
 
 
@@ -25,16 +26,18 @@ class Request:
         key: Requests of equal keys can be joined.
         rows: How many rows it adds to a batch.
         size: Numbers in a row; joined rows are padded to the largest.
+        on_device: Whether the answer stays on the GPU.
     """
 
-    feeds: Mapping[str, Array]
-    future: Future[dict[str, Array]]
+    feeds: Mapping[str, Feed]
+    future: Future[dict[str, Any]]
     deadline: float | None
     queued: float
     context: Context
     key: Hashable
     rows: int
     size: int
+    on_device: bool
 
 
 class Dispatcher:

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from tnm_pipeline.engines.backends import Array, Backend
+from tnm_pipeline.engines.backends import Backend
 from tnm_pipeline.engines.feeds import Signature
 from tnm_pipeline.engines.manifest import Manifest
 
@@ -81,9 +81,14 @@ class Engine:
         """Whether the calls under way ended, and a retired engine was freed, within `timeout` seconds."""
         return self._idle.wait(timeout)
 
-    def run(self, feeds: Mapping[str, Array], deadline: float | None) -> dict[str, Array]:
-        """Run checked inputs; between `enter` and `leave`."""
-        return self.backend.run(feeds, deadline)
+    def describe(self) -> Mapping[str, object]:
+        """How the runtime runs it; nothing of a retired engine."""
+        if not self.enter():
+            return {}
+        try:
+            return self.backend.describe()
+        finally:
+            self.leave()
 
     def _free(self) -> None:
         self.backend.close()

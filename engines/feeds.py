@@ -1,10 +1,11 @@
 """Check the arrays given to a session against the manifest, before a runtime sees them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from tnm_pipeline.engines.backends import Array
+from tnm_pipeline.engines.arrays import CudaArray, Feed, as_feed
 from tnm_pipeline.engines.errors import FeedError
 from tnm_pipeline.engines.tensors import TensorSpec
 
@@ -26,11 +27,12 @@ class Signature:
         self._passed: set[tuple[tuple[int, ...], ...]] = set()
         self._finite = [spec.name for spec in specs if finite and np.dtype(spec.dtype).kind == "f"]
 
-    def check(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def check(self, feeds: Mapping[str, Any]) -> dict[str, Feed]:
         """Check names, dtypes, ranks and sizes, and make every array C-contiguous.
 
         Args:
-            feeds: Input name -> array. Dynamic dimensions of one name must have one size in all of them.
+            feeds: Input name -> array: numpy's, or what `as_feed` takes. Dynamic dimensions of one name must have one
+                size in all of them.
 
         Returns:
             The same arrays in the order of the specs, copied only where they were not contiguous.
@@ -45,11 +47,11 @@ class Signature:
             _check_finite(name, checked[name])
         return checked
 
-    def _known(self, feeds: Mapping[str, Array]) -> dict[str, Array] | None:
+    def _known(self, feeds: Mapping[str, Any]) -> dict[str, Feed] | None:
         """The inputs of a call like one that passed; None where only a closer look can tell."""
         if len(feeds) != len(self._names):
             return None
-        checked: dict[str, Array] = {}
+        checked: dict[str, Feed] = {}
         for name, dtype in self._expected:
             array = feeds.get(name)
             if type(array) is not np.ndarray or array.dtype != dtype or not array.flags.c_contiguous:
@@ -57,27 +59,27 @@ class Signature:
             checked[name] = array
         return checked if tuple([array.shape for array in checked.values()]) in self._passed else None
 
-    def _explain(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def _explain(self, feeds: Mapping[str, Any]) -> dict[str, Feed]:
         missing = [name for name in self._names if name not in feeds]
         unexpected = [name for name in feeds if name not in self._names]
         if missing or unexpected:
             signature = ", ".join(f"{spec.name}: {spec.dtype} {_shape(spec)}" for spec in self._specs)
             raise FeedError(f"missing inputs {missing}, unexpected inputs {unexpected}; the model takes {signature}")
         sizes: dict[str, tuple[int, str]] = {}  # dynamic dimension -> its size and the input that fixed it
+        checked: dict[str, Feed] = {}
         for spec in self._specs:
-            _check_array(spec, feeds[spec.name], sizes)
-        # np.ascontiguousarray would turn a scalar into a vector
-        checked: dict[str, Array] = {name: np.asarray(feeds[name], order="C") for name in self._names}
+            feed = as_feed(spec, feeds[spec.name])
+            _check_array(spec, feed, sizes)
+            # np.ascontiguousarray would turn a scalar into a vector
+            checked[spec.name] = feed if isinstance(feed, CudaArray) else np.asarray(feed, order="C")
         if len(self._passed) >= _REMEMBERED:
             self._passed.clear()
         self._passed.add(tuple([array.shape for array in checked.values()]))
         return checked
 
 
-def _check_array(spec: TensorSpec, array: Array, sizes: dict[str, tuple[int, str]]) -> None:
+def _check_array(spec: TensorSpec, array: Feed, sizes: dict[str, tuple[int, str]]) -> None:
     name = spec.name
-    if not isinstance(array, np.ndarray):
-        raise FeedError(f"input {name} is a {type(array).__name__}: pass numpy.asarray({name}, {spec.dtype!r})")
     if array.dtype != np.dtype(spec.dtype):  # differs for a foreign byte order too
         raise FeedError(
             f"input {name} is {array.dtype}, the model takes {spec.dtype}: pass {name}.astype({spec.dtype!r})"
@@ -104,7 +106,12 @@ def _check_array(spec: TensorSpec, array: Array, sizes: dict[str, tuple[int, str
             )
 
 
-def _check_finite(name: str, array: Array) -> None:
+def _check_finite(name: str, array: Feed) -> None:
+    if isinstance(array, CudaArray):
+        raise FeedError(
+            f"input {name} is on a GPU, where its values are not looked at, and the session was loaded to take finite "
+            "numbers only: pass a numpy array, or load with finite=False"
+        )
     if np.isfinite(array).all():
         return
     place = tuple(int(index) for index in np.argwhere(~np.isfinite(array))[0])

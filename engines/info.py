@@ -25,6 +25,7 @@ class SessionInfo:
         signed: Whether a trusted key signed the manifest; False where no key was asked for.
         limits: Bounds of the session.
         batching: How calls are joined, None where they are not.
+        runtime: How the runtime runs it: contexts, CUDA graphs kept and refused, providers; values that JSON has.
     """
 
     artifact: str
@@ -40,3 +41,4 @@ class SessionInfo:
     signed: bool
     limits: Limits
     batching: Batching | None
+    runtime: Mapping[str, object]

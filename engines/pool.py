@@ -27,9 +27,10 @@ class Pool(Generic[T]):
             raise ValueError(f"a pool of {len(items)} with a patience of {patience} s: give one or more and a time")
         self.size = len(items)
         self.patience = patience
-        self._free: SimpleQueue[T] = SimpleQueue()
-        for item in items:
-            self._free.put(item)
+        self._items = list(items)  # the last one that came back first: its graphs and caches are warm
+        self._free: SimpleQueue[None] = SimpleQueue()
+        for _ in items:
+            self._free.put(None)
 
     @contextmanager
     def lent(self, deadline: float | None = None) -> Iterator[T]:
@@ -51,14 +52,24 @@ class Pool(Generic[T]):
     def take(self, deadline: float | None = None) -> T:
         """Like `lent`, for callers that give it back themselves."""
         try:
-            return self._free.get_nowait()
+            self._free.get_nowait()
         except Empty:
-            pass
+            self._wait(deadline)
+        return self._items.pop()
+
+    def give_back(self, item: T) -> None:
+        """Make `item` free for the next call."""
+        self._items.append(item)
+        self._free.put(None)
+
+    def _wait(self, deadline: float | None) -> None:
         left = self.patience if deadline is None else min(self.patience, deadline - time.monotonic())
         try:
-            return self._free.get(timeout=max(left, 0.0))
+            self._free.get(timeout=max(left, 0.0))
         except Empty:
             pass
+        else:
+            return
         if left < self.patience:
             raise DeadlineExceeded(
                 f"all {self.size} contexts were busy until the deadline: allow more time, or load with a larger pool"
@@ -66,7 +77,3 @@ class Pool(Generic[T]):
         raise Overloaded(
             f"all {self.size} contexts were busy for {self.patience:g} s: load with a larger pool, or send less"
         )
-
-    def give_back(self, item: T) -> None:
-        """Make `item` free for the next call."""
-        self._free.put(item)

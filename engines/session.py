@@ -9,20 +9,30 @@ from concurrent.futures import Future
 from contextvars import copy_context
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, NamedTuple, Self
 
-from tnm_pipeline.engines.backends import Array
+from tnm_pipeline.engines.arrays import CudaArray, Feed
 from tnm_pipeline.engines.batching import Batching, Joiner
 from tnm_pipeline.engines.calls import CallLog, Observer
 from tnm_pipeline.engines.dispatch import Dispatcher, Request
 from tnm_pipeline.engines.engine import Engine
-from tnm_pipeline.engines.errors import ArtifactRejected, DeadlineExceeded, SessionClosed
+from tnm_pipeline.engines.errors import ArtifactRejected, DeadlineExceeded, FeedError, SessionClosed
 from tnm_pipeline.engines.info import SessionInfo
 from tnm_pipeline.engines.limits import Limits
 from tnm_pipeline.engines.manifest import Manifest, TensorSpec
 from tnm_pipeline.engines.metrics import Metrics
 
 _log = logging.getLogger("tnm_pipeline.engines")
+
+
+class _End(NamedTuple):
+    """What became of a call that was queued."""
+
+    request: Request
+    begun: float
+    run: float
+    joined: int
+    outcome: dict[str, Any] | Exception
 
 
 class Session:
@@ -116,6 +126,7 @@ class Session:
             signed=engine.signed,
             limits=self._limits,
             batching=self._batching,
+            runtime=engine.describe(),
         )
 
     def metrics(self) -> Metrics:
@@ -125,15 +136,18 @@ class Session:
             waiting=self._dispatcher.waiting, running=engine.calls, fallback_reason=engine.fallback_reason
         )
 
-    def run(self, feeds: Mapping[str, Array], *, timeout: float | None = None) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Any], *, timeout: float | None = None, on_device: bool = False) -> dict[str, Any]:
         """Run the network once, and wait for the answer.
 
         Args:
-            feeds: Input name -> array, of exactly the dtype and shape in `inputs`.
+            feeds: Input name -> array of exactly the dtype and shape in `inputs`: numpy's; on the CPU what speaks
+                DLPack (torch, jax); on the GPU, where the session runs there, what has the CUDA array interface (torch,
+                cupy). None of them is copied on the way.
             timeout: Seconds to wait for a free context, and with batching in the queue; None: `Limits.patience`.
+            on_device: Leave the outputs on the GPU, as `DeviceArray`.
 
         Returns:
-            Output name -> array, owned by the caller.
+            Output name -> numpy array, owned by the caller.
 
         Raises:
             FeedError: An array is missing, unexpected, or of the wrong dtype, rank, size or value.
@@ -143,12 +157,12 @@ class Session:
             SessionClosed: After `close`.
         """
         if self._batching:
-            return _result(self.submit(feeds, timeout=timeout), timeout)
+            return _result(self.submit(feeds, timeout=timeout, on_device=on_device), timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         engine = self._open_engine()
         begun = time.perf_counter()
         try:
-            answers = engine.run(engine.check(feeds), deadline)
+            answers = engine.backend.run(engine.check(feeds), deadline, on_device=on_device)
         except Exception as error:
             self._calls.failed(engine.manifest, error, run=time.perf_counter() - begun)
             raise
@@ -157,13 +171,16 @@ class Session:
         self._calls.ran(engine.manifest, time.perf_counter() - begun)
         return answers
 
-    def submit(self, feeds: Mapping[str, Array], *, timeout: float | None = None) -> Future[dict[str, Array]]:
+    def submit(
+        self, feeds: Mapping[str, Any], *, timeout: float | None = None, on_device: bool = False
+    ) -> Future[dict[str, Any]]:
         """Queue a call for the session's threads.
 
         Args:
             feeds: As for `run`; the arrays must not change until the future is done.
             timeout: Seconds after which the call is dropped if its turn has not come; its future learns so when the
                 turn would have come.
+            on_device: As for `run`.
 
         Returns:
             The future of the answer. It holds what `run` would raise; cancelling it drops a call that still waits.
@@ -178,6 +195,8 @@ class Session:
         try:
             checked = engine.check(feeds)
             joiner = self._joiner
+            if joiner:
+                _require_host(checked, on_device)
             request = Request(
                 feeds=checked,
                 future=Future(),
@@ -187,6 +206,7 @@ class Session:
                 key=joiner.key(checked) if joiner else None,
                 rows=joiner.rows(checked) if joiner else 1,
                 size=joiner.size(checked) if joiner else 1,
+                on_device=on_device,
             )
             self._dispatcher.put(request)
         except Exception as error:
@@ -196,9 +216,11 @@ class Session:
             engine.leave()
         return request.future
 
-    async def run_async(self, feeds: Mapping[str, Array], *, timeout: float | None = None) -> dict[str, Array]:
+    async def run_async(
+        self, feeds: Mapping[str, Any], *, timeout: float | None = None, on_device: bool = False
+    ) -> dict[str, Any]:
         """Like `run`, for asyncio, in one of the session's threads. Cancelling drops a call that still waits."""
-        future = self.submit(feeds, timeout=timeout)
+        future = self.submit(feeds, timeout=timeout, on_device=on_device)
         waiting = asyncio.wrap_future(future)
         try:
             await asyncio.wait({waiting}, timeout=timeout)
@@ -293,12 +315,13 @@ class Session:
                 if request.future.set_running_or_notify_cancel():
                     self._reject(request, error)
             return
+        live = [request for request in requests if self._begins(request)]
         try:
-            live = [request for request in requests if self._begins(request)]
-            if live:
-                self._run_together(engine, live)
+            ends = self._run_together(engine, live) if live else []
         finally:
             engine.leave()
+        for end in ends:  # the engine is left by now: who has the last answer may count on it
+            self._resolve(engine, end)
 
     def _begins(self, request: Request) -> bool:
         """Whether anybody still waits for this answer."""
@@ -314,29 +337,34 @@ class Session:
         self._calls.recorder.queued(now - request.queued)
         return True
 
-    def _run_together(self, engine: Engine, requests: list[Request]) -> None:
+    def _run_together(self, engine: Engine, requests: list[Request]) -> list[_End]:
         calls = [request.feeds for request in requests]
         joiner = self._joiner
         begun = time.monotonic()
         try:
             if joiner is None or len(calls) == 1:
-                answers = [engine.run(calls[0], requests[0].deadline)]
+                (request,) = requests
+                answers = [engine.backend.run(request.feeds, request.deadline, on_device=request.on_device)]
             else:
-                answers = joiner.split(engine.run(joiner.join(calls), None), calls)
+                answers = joiner.split(engine.backend.run(joiner.join(calls)), calls)
         except Exception as error:
             if len(requests) == 1:
-                self._reject(requests[0], error, run=time.monotonic() - begun)
-                return
-            for request in requests:  # so that one call's fault is not its neighbours'
-                self._run_together(engine, [request])
-            return
+                return [_End(requests[0], begun, time.monotonic() - begun, 1, error)]
+            return [self._run_together(engine, [request])[0] for request in requests]  # the fault of one is its own
         seconds = time.monotonic() - begun
         self._calls.recorder.ran(seconds, len(requests))
-        for request, answer in zip(requests, answers, strict=True):
-            request.context.run(
-                self._calls.tell, engine.manifest, begun - request.queued, seconds, joined=len(requests)
-            )
-            request.future.set_result(answer)
+        return [
+            _End(request, begun, seconds, len(requests), answer)
+            for request, answer in zip(requests, answers, strict=True)
+        ]
+
+    def _resolve(self, engine: Engine, end: _End) -> None:
+        if isinstance(end.outcome, Exception):
+            self._reject(end.request, end.outcome, end.run)
+            return
+        queue = end.begun - end.request.queued
+        end.request.context.run(self._calls.tell, engine.manifest, queue, end.run, joined=end.joined)
+        end.request.future.set_result(end.outcome)
 
     def _reject(self, request: Request, error: Exception, run: float = 0.0) -> None:
         queue = time.monotonic() - request.queued - run
@@ -345,20 +373,21 @@ class Session:
 
     def _tell(self, level: int, event: str, **facts: object) -> None:
         """One line for people, and the same as fields for machines."""
-        info = self.info
+        engine = self._engine
         known: dict[str, object] = {
             "event": event,
-            "artifact": info.artifact,
-            "sha256": info.sha256,
-            "backend": info.backend,
-            "device": info.device,
-            "why": info.why,
+            "artifact": engine.manifest.artifact,
+            "sha256": engine.manifest.sha256,
+            "backend": self.backend,
+            "device": self.device,
+            "why": engine.why,
             **facts,
         }
-        _log.log(level, "%s %s on %s, %s: %s", event, info.artifact, info.backend, info.device, info.why, extra=known)
+        message = "%(event)s %(artifact)s on %(backend)s, %(device)s: %(why)s"
+        _log.log(level, message, known, extra=known)
 
 
-def _result(future: Future[dict[str, Array]], timeout: float | None) -> dict[str, Array]:
+def _result(future: Future[dict[str, Any]], timeout: float | None) -> dict[str, Any]:
     """The answer of a queued call that is dropped after `timeout` seconds if its turn has not come."""
     try:
         return future.result(timeout)
@@ -374,6 +403,11 @@ def _too_late(timeout: float | None) -> DeadlineExceeded:
 
 def _closed(manifest: Manifest) -> SessionClosed:
     return SessionClosed(f"the session of {manifest.artifact} is closed: load it again to run it")
+
+
+def _require_host(feeds: Mapping[str, Feed], on_device: bool) -> None:
+    if on_device or any(isinstance(feed, CudaArray) for feed in feeds.values()):
+        raise FeedError("calls are joined in the memory of the host: pass numpy arrays, or load without batching")
 
 
 def _require_same(old: Manifest, new: Manifest) -> None:

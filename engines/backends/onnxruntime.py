@@ -21,7 +21,7 @@ from tnm_pipeline.engines.manifest import Manifest, TensorSpec
 from tnm_pipeline.engines.pool import Pool
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_SEVERITY_ERROR = 3
+_SEVERITY_ERROR, _SEVERITY_FATAL = 3, 4
 # ONNX Runtime 1.31 ends the process with SIGSEGV when this optimiser meets an fp16 pre-norm transformer on the CPU.
 _CRASHING_ON_FP16 = ["NchwcTransformer"]
 _GRAPH_ERRORS = (errors.InvalidGraph, errors.InvalidProtobuf, errors.NoModel)
@@ -140,8 +140,10 @@ class OnnxRuntimeBackend:
             spec.name: np.zeros([dim if isinstance(dim, int) else usual.get(dim, 1) for dim in spec.shape], spec.dtype)
             for spec in self._inputs
         }
-        with suppress(RunFailed):
-            self.run(feeds)
+        quiet = onnxruntime.RunOptions()
+        quiet.log_severity_level = _SEVERITY_FATAL
+        with suppress(*_RUN_ERRORS):
+            self._session.run(self._outputs, feeds, quiet)
 
     def describe(self) -> dict[str, object]:
         """See `Backend.describe`."""
@@ -169,7 +171,7 @@ class OnnxRuntimeBackend:
             f"{manifest.artifact} runs on the CPU: this machine has a GPU, and ONNX Runtime's CUDA provider "
             "did not start (its log says why). Pass device='cpu' if that is meant, device='cuda' to get an error",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=7,
         )
 
 

@@ -16,7 +16,7 @@ Answers = list[list[Request]]
 
 
 def request(rows: int = 1, size: int = 1, key: object = None) -> Request:
-    return Request({}, Future(), None, time.monotonic(), copy_context(), key, rows, size)
+    return Request({}, Future(), None, time.monotonic(), copy_context(), key, rows, size, on_device=False)
 
 
 def dispatcher(answer: Callable[[list[Request]], None], **changes: Any) -> Dispatcher:

@@ -3,8 +3,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tnm_pipeline.engines import FeedError, TensorSpec
+from tnm_pipeline.engines.arrays import CudaArray
 from tnm_pipeline.engines.feeds import Signature
 
 SPECS = (
@@ -34,6 +36,7 @@ def test_good_feeds_pass_uncopied_in_the_order_of_the_manifest() -> None:
 def test_a_view_is_made_contiguous_with_the_same_values() -> None:
     view = np.arange(6, dtype=np.float32).reshape(3, 2).T
     checked = Signature(SPECS).check(feeds(image=view))["image"]
+    assert isinstance(checked, np.ndarray)
     assert checked.flags.c_contiguous
     np.testing.assert_array_equal(checked, view)
 
@@ -76,3 +79,31 @@ def test_without_ranges_any_size_goes_but_one_name_has_one_size() -> None:
     Signature(square).check({"x": np.zeros((0, 0), np.float32)})
     with pytest.raises(FeedError, match="n is 2 in input x and 3 in input x"):
         Signature(square).check({"x": np.zeros((2, 3), np.float32)})
+
+
+def test_arrays_of_other_libraries_are_read_where_they_are() -> None:
+    tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    checked = Signature(SPECS).check(feeds(image=tensor))["image"]
+    assert isinstance(checked, np.ndarray)
+    assert checked.ctypes.data == tensor.data_ptr()
+    with pytest.raises(FeedError, match=r"input image is float64, the model takes float32"):
+        Signature(SPECS).check(feeds(image=tensor.double()))
+    with pytest.raises(FeedError, match=r"input image is a list: pass numpy\.asarray\(image, 'float32'\)"):
+        Signature(SPECS).check(feeds(image=[[1.0]]))
+
+
+def test_arrays_of_a_gpu_are_checked_by_shape_and_go_on_as_they_are() -> None:
+    """Only the interface is looked at: no GPU is asked."""
+
+    class OnGpu:
+        def __init__(self, shape: tuple[int, ...]) -> None:
+            data = {"data": (256, False), "typestr": "<f4", "version": 3, "strides": None, "stream": None}
+            self.__cuda_array_interface__ = {"shape": shape, **data}
+
+    checked = Signature(SPECS).check(feeds(image=OnGpu((2, 3))))["image"]
+    assert isinstance(checked, CudaArray)
+    assert checked.address == 256
+    with pytest.raises(FeedError, match="has size 4 on axis 1, the model takes 3"):
+        Signature(SPECS).check(feeds(image=OnGpu((2, 4))))
+    with pytest.raises(FeedError, match="is on a GPU, where its values are not looked at"):
+        Signature(SPECS, finite=True).check(feeds(image=OnGpu((2, 3))))

@@ -15,6 +15,15 @@ def test_what_is_lent_comes_back_also_after_an_error() -> None:
         assert item == "a"
 
 
+def test_the_last_one_back_is_lent_first() -> None:
+    pool = Pool(["a", "b", "c"], patience=1)
+    first, second = pool.take(), pool.take()
+    pool.give_back(first)
+    assert pool.take() == first
+    pool.give_back(second)
+    assert pool.take() == second
+
+
 def test_nothing_is_lent_twice_at_a_time() -> None:
     pool = Pool([0, 1, 2], patience=10)
     users, most, lock = [0, 0, 0], [0], threading.Lock()

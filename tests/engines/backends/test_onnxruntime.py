@@ -184,10 +184,12 @@ def test_warm_up_takes_the_usual_sizes_where_the_manifest_has_them(
     backend = made(model, "cpu", NO_GPU)
     seen: list[tuple[int, ...]] = []
 
-    def run(feeds: dict[str, Any]) -> None:
-        seen.append(feeds["input"].shape)
+    class Watched:
+        def run(self, _: list[str], feeds: dict[str, Any], options: onnxruntime.RunOptions) -> None:
+            seen.append(feeds["input"].shape)
+            assert options.log_severity_level == 4  # sizes that do not suit are no news
 
-    monkeypatch.setattr(backend, "run", run)
+    monkeypatch.setattr(backend, "_session", Watched())
     backend.warm_up()
     assert seen == [(5, 8)]
 

@@ -192,7 +192,9 @@ print(held())
     assert said.splitlines() == [
         "tensorrt cuda None",
         "0",
-        "15",  # twice: CUDA context, stream, scratch, a buffer on each side for input and output; and one more context
+        # Twice: CUDA context, stream, scratch; once, as the last context back is the first to go out again: a buffer on
+        # each side for input and output; and one more CUDA context.
+        "11",
         "0",
     ]
 
