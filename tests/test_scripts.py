@@ -234,3 +234,13 @@ def test_gpu_engines_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) 
     done = run_script("gpu_engines.py")
     assert done.returncode == 4
     assert "--quick on the CPU" in done.stderr
+
+
+@pytest.mark.slow
+def test_bench_engines_measures_every_table_but_batching(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = run_script("bench_engines.py", "--quick", "--json", str(report))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
+    assert [row["table"] for row in rows] == ["import", "overhead", "overhead", *["threads"] * 4]
+    assert all(row["raw_us"] > 0 and row["rounds"] > 100 for row in rows if row["table"] == "overhead")
