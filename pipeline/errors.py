@@ -70,6 +70,7 @@ _CODES = {
     "tnm_pipeline.engines.errors.KeyRejected": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.engines.errors.FeedError": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.engines.errors.RunFailed": ExitCode.INPUT_REJECTED,
+    "tnm_pipeline.engines.errors.Overloaded": ExitCode.OUT_OF_RESOURCES,
     "tnm_pipeline.engines.errors.EnvironmentLacks": ExitCode.ENVIRONMENT,
     "torch.OutOfMemoryError": ExitCode.OUT_OF_RESOURCES,
     "builtins.MemoryError": ExitCode.OUT_OF_RESOURCES,
