@@ -1,5 +1,7 @@
 """The queue of a session: calls wait in it for a worker, and are joined there if batching is on."""
 
+import logging
+import os
 import threading
 import time
 from collections import deque
@@ -10,10 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tnm_pipeline.engines.arrays import Feed
+from tnm_pipeline.engines.batching import Extent, Join
 from tnm_pipeline.engines.errors import Overloaded, SessionClosed
 
+_log = logging.getLogger("tnm_pipeline.engines")
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Request:
     """A call that waits.
 
@@ -24,8 +29,7 @@ class Request:
         queued: By `time.monotonic()`, when it came.
         context: Of the caller, for what observes calls.
         key: Requests of equal keys can be joined.
-        rows: How many rows it adds to a batch.
-        size: Numbers in a row; joined rows are padded to the largest.
+        extent: What it adds to a joined run.
         on_device: Whether the answer stays on the GPU.
     """
 
@@ -35,44 +39,43 @@ class Request:
     queued: float
     context: Context
     key: Hashable
-    rows: int
-    size: int
+    extent: Extent
     on_device: bool
+
+    def late(self, now: float) -> bool:
+        """Whether its deadline has passed."""
+        return self.deadline is not None and now >= self.deadline
+
+    def patient_until(self, delay: float) -> float:
+        """When it must have begun: after its delay, or when half of its time is over, whatever comes first."""
+        if self.deadline is None:
+            return self.queued + delay
+        return self.queued + min(delay, (self.deadline - self.queued) / 2)
 
 
 class Dispatcher:
     """A bounded queue and the threads that work it off. Thread-safe.
 
     Args:
-        answer: Called in a worker with requests to be answered together; must not raise.
+        answer: Called with requests to be answered together, or refused if they are late; in a worker, but for late
+            ones that make room for another.
         workers: Threads; they start with the first request.
         bound: Requests that may wait.
-        max_rows: Of requests answered together; 1 for one request at a time.
-        max_delay: Seconds that a request waits for others.
-        max_padding: Share of the numbers of requests answered together that may be padding.
+        join: When requests are answered together; None: never.
         name: Of the threads.
     """
 
     def __init__(
-        self,
-        answer: Callable[[list[Request]], None],
-        *,
-        workers: int,
-        bound: int,
-        max_rows: int,
-        max_delay: float,
-        max_padding: float,
-        name: str,
+        self, answer: Callable[[list[Request]], None], *, workers: int, bound: int, join: Join | None, name: str
     ) -> None:
         self._answer = answer
         self._bound = bound
-        self._max_rows = max_rows
-        self._max_delay = max_delay
-        self._max_padding = max_padding
+        self._join = join
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._gathering = False
         self._closed = False
+        self._process = os.getpid()
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-{index}", daemon=True) for index in range(workers)
         ]
@@ -87,20 +90,49 @@ class Dispatcher:
 
         Raises:
             Overloaded: The queue is full.
-            SessionClosed: After `close`.
+            SessionClosed: After `close`, or in a process forked from the one that made it.
         """
-        with self._changed:
-            if self._closed:
-                raise SessionClosed("the session is closed: load it again to run it")
-            if len(self._waiting) >= self._bound:
-                raise Overloaded(
-                    f"{self._bound} calls wait already: send less, or load with a longer queue (Limits.queue)"
-                )
-            self._waiting.append(request)
-            if self._threads[0].ident is None:
+        if os.getpid() != self._process:
+            raise SessionClosed(
+                f"this session was loaded by process {self._process}, and a fork copies no threads: load it after the "
+                "fork"
+            )
+        stale: list[Request] = []
+        try:
+            with self._changed:
+                if self._closed:
+                    raise SessionClosed("the session is closed: load it again to run it")
+                if len(self._waiting) >= self._bound:
+                    stale = self._take_late()
+                if len(self._waiting) >= self._bound:
+                    raise Overloaded(
+                        f"{self._bound} calls wait already: send less, or load with a longer queue (Limits.queue)"
+                    )
                 for thread in self._threads:
-                    thread.start()
+                    if thread.ident is None:
+                        thread.start()
+                self._waiting.append(request)
+                self._changed.notify_all()
+        finally:
+            if stale:
+                self._answer(stale)
+
+    def remove(self, request: Request) -> bool:
+        """Take a request out of the queue, to be refused by the caller; False where a worker has it already."""
+        with self._changed:
+            if request not in self._waiting:
+                return False
+            self._waiting.remove(request)
+            return True
+
+    def drop(self) -> list[Request]:
+        """Take no more requests, and give up those that wait, which are returned."""
+        with self._changed:
+            self._closed = True
+            left = list(self._waiting)
+            self._waiting.clear()
             self._changed.notify_all()
+            return left
 
     def close(self, timeout: float | None) -> list[Request]:
         """Take no more requests, and wait until the workers answered those there are.
@@ -118,14 +150,15 @@ class Dispatcher:
         for thread in self._threads:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(None if until is None else max(0.0, until - time.monotonic()))
-        with self._changed:
-            left = list(self._waiting)
-            self._waiting.clear()
-            return left
+        return self.drop()
 
     def _work(self) -> None:
         while requests := self._next():
-            self._answer(requests)
+            try:
+                self._answer(requests)
+            except BaseException:  # the thread must live: others wait for it
+                _log.exception("a worker failed; it goes on")
+            del requests  # else the last call would be kept until the next one
 
     def _next(self) -> list[Request]:
         """What to answer next; nothing after the last."""
@@ -134,46 +167,37 @@ class Dispatcher:
                 if self._closed and not self._waiting:
                     return []
                 self._changed.wait()
-            if self._max_rows == 1:
+            if self._join is None:
                 return [self._waiting.popleft()]
             self._gathering = True  # two that gathered would halve the batches
             try:
-                return self._gather()
+                return self._gather(self._join)
             finally:
                 self._gathering = False
                 self._changed.notify_all()
 
-    def _gather(self) -> list[Request]:
-        """The first that waits, and those like it that come before its delay is over or the batch is full."""
+    def _gather(self, join: Join) -> list[Request]:
+        """The first that waits, and those like it that come before somebody's patience is over or the batch is full."""
+        if late := self._take_late():
+            return late
         first = self._waiting.popleft()
-        batch = _Batch(first)
-        until = first.queued + self._max_delay
+        gathered, extent, until = [first], first.extent, first.patient_until(join.max_delay)
         while True:
-            for request in sorted(self._waiting, key=lambda request: abs(request.size - first.size)):
-                if batch.takes(request, self._max_rows, self._max_padding):
+            for request in sorted(self._waiting, key=lambda request: request.extent.distance(first.extent)):
+                both = extent.with_(request.extent)
+                if request.key == first.key and join.allows(both):
                     self._waiting.remove(request)
+                    gathered.append(request)
+                    extent, until = both, min(until, request.patient_until(join.max_delay))
             left = until - time.monotonic()
-            if batch.rows >= self._max_rows or left <= 0 or self._closed:
-                return batch.requests
+            if extent.rows >= join.max_batch or left <= 0 or self._closed:
+                return gathered
             self._changed.wait(left)
 
-
-class _Batch:
-    """Requests to be answered together."""
-
-    def __init__(self, first: Request) -> None:
-        self.requests = [first]
-        self.rows = first.rows
-        self._largest = first.size
-        self._numbers = first.rows * first.size  # padding not counted
-
-    def takes(self, request: Request, max_rows: int, max_padding: float) -> bool:
-        """Add a request if it fits."""
-        rows, largest = self.rows + request.rows, max(self._largest, request.size)
-        numbers = self._numbers + request.rows * request.size
-        fits = request.key == self.requests[0].key and rows <= max_rows
-        if not fits or numbers < (1 - max_padding) * rows * largest:
-            return False
-        self.requests.append(request)
-        self.rows, self._largest, self._numbers = rows, largest, numbers
-        return True
+    def _take_late(self) -> list[Request]:
+        """Out of the queue: those that nobody waits for any more."""
+        now = time.monotonic()
+        late = [request for request in self._waiting if request.late(now) or request.future.cancelled()]
+        for request in late:
+            self._waiting.remove(request)
+        return late

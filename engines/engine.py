@@ -1,12 +1,16 @@
 """One loaded artifact, and how many calls use it: what a session swaps when it reloads."""
 
+import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from tnm_pipeline.engines.backends import Backend
+from tnm_pipeline.engines.batching import Joiner
 from tnm_pipeline.engines.feeds import Signature
 from tnm_pipeline.engines.manifest import Manifest
+
+_log = logging.getLogger("tnm_pipeline.engines")
 
 
 class Engine:
@@ -40,6 +44,7 @@ class Engine:
         self.fallback_reason = fallback_reason
         self.signed = signed
         self.check = Signature(manifest.inputs, finite=finite).check
+        self.joiner: Joiner | None = None  # where a session joins calls
         self._lock = threading.Lock()
         self._calls = 0
         self._retired = False
@@ -67,15 +72,17 @@ class Engine:
         if last:
             self._free()
 
-    def retire(self) -> None:
-        """Take no more calls, and be freed after those under way. Once only."""
+    def retire(self) -> bool:
+        """Take no more calls, and be freed after those under way; whether it was not retired before."""
         with self._lock:
-            assert not self._retired, "an engine retires once"
+            if self._retired:
+                return False
             self._retired = True
             self._idle.clear()
             last = self._calls == 0
         if last:
             self._free()
+        return True
 
     def freed(self, timeout: float | None) -> bool:
         """Whether the calls under way ended, and a retired engine was freed, within `timeout` seconds."""
@@ -91,5 +98,9 @@ class Engine:
             self.leave()
 
     def _free(self) -> None:
-        self.backend.close()
-        self._idle.set()
+        try:
+            self.backend.close()
+        except Exception:  # a driver that failed, fails to free too; the answers are there all the same
+            _log.exception("%s was not freed cleanly", self.manifest.artifact)
+        finally:
+            self._idle.set()

@@ -49,7 +49,7 @@ class Signature:
 
     def _known(self, feeds: Mapping[str, Any]) -> dict[str, Feed] | None:
         """The inputs of a call like one that passed; None where only a closer look can tell."""
-        if len(feeds) != len(self._names):
+        if type(feeds) is not dict or len(feeds) != len(self._names):
             return None
         checked: dict[str, Feed] = {}
         for name, dtype in self._expected:
@@ -60,6 +60,8 @@ class Signature:
         return checked if tuple([array.shape for array in checked.values()]) in self._passed else None
 
     def _explain(self, feeds: Mapping[str, Any]) -> dict[str, Feed]:
+        if not isinstance(feeds, Mapping):
+            raise FeedError(f"inputs come by name, as a dict of arrays, not as a {type(feeds).__name__}")
         missing = [name for name in self._names if name not in feeds]
         unexpected = [name for name in feeds if name not in self._names]
         if missing or unexpected:
@@ -80,6 +82,8 @@ class Signature:
 
 def _check_array(spec: TensorSpec, array: Feed, sizes: dict[str, tuple[int, str]]) -> None:
     name = spec.name
+    if isinstance(array, np.ma.MaskedArray):
+        raise FeedError(f"input {name} has a mask, and no backend takes one: pass {name}.filled(...)")
     if array.dtype != np.dtype(spec.dtype):  # differs for a foreign byte order too
         raise FeedError(
             f"input {name} is {array.dtype}, the model takes {spec.dtype}: pass {name}.astype({spec.dtype!r})"

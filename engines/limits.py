@@ -1,6 +1,9 @@
-"""How much a session takes on at a time."""
+"""How much a session takes on at a time, and how long a call waits."""
 
+import time
 from dataclasses import dataclass
+
+_LONGEST = 1e9  # seconds, 31 years: what is longer is for ever, and more than locks can wait
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Limits:
         graphs: CUDA graphs that a context keeps, one for each combination of input shapes; 0 for none.
 
     Raises:
-        ValueError: A bound is not positive, or `graphs` is negative.
+        ValueError: A bound is not positive and finite, or `graphs` is negative.
     """
 
     contexts: int = 2
@@ -24,5 +27,26 @@ class Limits:
     graphs: int = 8
 
     def __post_init__(self) -> None:
-        if min(self.contexts, self.queue) < 1 or not self.patience > 0 or self.graphs < 0:
-            raise ValueError(f"{self}: contexts, queue and patience must be positive, graphs at least 0")
+        if min(self.contexts, self.queue) < 1 or not 0 < self.patience <= _LONGEST or self.graphs < 0:
+            raise ValueError(
+                f"{self}: contexts, queue and patience must be positive, patience at most {_LONGEST:g} s, graphs at "
+                "least 0"
+            )
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """When a call that begins to wait now gives up, by `time.monotonic()`; None for never.
+
+    Args:
+        timeout: Seconds; None or more than 31 years: never.
+
+    Raises:
+        ValueError: It is not positive.
+    """
+    if timeout is None:
+        return None
+    if not timeout > 0:  # nor is NaN
+        raise ValueError(
+            f"timeout is {timeout}: give a positive number of seconds, or None to wait as long as it takes"
+        )
+    return None if timeout > _LONGEST else time.monotonic() + timeout

@@ -14,13 +14,15 @@ _BUCKETS = 30 * _PER_OCTAVE  # up to 18 minutes
 
 @dataclass(frozen=True)
 class Distribution:
-    """Times, in seconds.
+    """Times since a session was loaded, in seconds.
 
     Attributes:
         count: How many.
         total: Their sum.
-        p50, p95, p99: Quantiles, each within 4.5%; 0 where there are no times.
+        p50, p95, p99: Quantiles, each within 4.5%; 0 where there are no times. Of a service that runs for long they
+            change slowly: take differences of `buckets` for those of the last minutes, as Prometheus does.
         longest: The exact maximum.
+        buckets: Bounds in seconds, each twice the one before, and how many times were below.
     """
 
     count: int
@@ -29,6 +31,7 @@ class Distribution:
     p95: float
     p99: float
     longest: float
+    buckets: tuple[tuple[float, int], ...]
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,13 @@ class Metrics:
 
     Attributes:
         answered: Calls that got their answer.
-        errors: Calls that got none, by the name of the error class; a cancelled future counts as `"Cancelled"`.
+        errors: Calls that got none, by the name of the error class; a cancelled future counts as `"CancelledError"`.
         waiting: Calls in the queue at this moment.
-        running: Calls that a runtime works on, or that wait for a context, at this moment.
-        queue: Times that calls of `submit` spent in the queue.
+        running: Runs under way at this moment on the artifact that answers now, those that wait for a context included.
+        queue: Times that calls spent in the queue, those that were refused there or cancelled included.
         run: Times from the check of the inputs to the answer: those of a context to become free, and of the network.
         runs: Times that the network ran: with batching, one run answers several calls.
+        repeated: Joined runs that failed, after which each of their calls ran alone.
         reloads: Artifacts swapped in by `reload`.
         fallback_reason: Why the artifact that was asked for does not answer, None where it does.
     """
@@ -54,6 +58,7 @@ class Metrics:
     queue: Distribution
     run: Distribution
     runs: int
+    repeated: int
     reloads: int
     fallback_reason: str | None
 
@@ -78,7 +83,9 @@ class Histogram:
         """Counts and quantiles so far."""
         count = sum(self._counts)
         p50, p95, p99 = (self._quantile(part, count) for part in (0.5, 0.95, 0.99))
-        return Distribution(count, self._total, p50, p95, p99, self._longest)
+        below = list(itertools.accumulate(self._counts))[_PER_OCTAVE - 1 :: _PER_OCTAVE]
+        bounds = tuple((_SHORTEST * 2.0**octave, number) for octave, number in enumerate(below, start=1))
+        return Distribution(count, self._total, p50, p95, p99, self._longest, bounds)
 
     def _quantile(self, part: float, count: int) -> float:
         """The geometric middle of the bucket that holds it, or the longest time where that is shorter."""
@@ -96,6 +103,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._answered = 0
         self._runs = 0
+        self._repeated = 0
         self._reloads = 0
         self._errors: Counter[str] = Counter()
         self._queue = Histogram()
@@ -109,7 +117,7 @@ class Recorder:
             self._run.record(seconds)
 
     def queued(self, seconds: float) -> None:
-        """A call left the queue to be run."""
+        """A call left the queue."""
         with self._lock:
             self._queue.record(seconds)
 
@@ -117,6 +125,11 @@ class Recorder:
         """A call ends without an answer."""
         with self._lock:
             self._errors[error] += 1
+
+    def repeated(self) -> None:
+        """A joined run failed."""
+        with self._lock:
+            self._repeated += 1
 
     def reloaded(self) -> None:
         """Another artifact answers from now on."""
@@ -134,6 +147,7 @@ class Recorder:
                 queue=self._queue.summary(),
                 run=self._run.summary(),
                 runs=self._runs,
+                repeated=self._repeated,
                 reloads=self._reloads,
                 fallback_reason=fallback_reason,
             )

@@ -1,10 +1,12 @@
 """The metrics of sessions for Prometheus, through `prometheus-client`."""
 
+import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from tnm_pipeline.engines.errors import EnvironmentLacks
-from tnm_pipeline.engines.metrics import Distribution
+from tnm_pipeline.engines.metrics import Distribution, Metrics
 from tnm_pipeline.engines.session import Session
 
 if TYPE_CHECKING:
@@ -12,70 +14,48 @@ if TYPE_CHECKING:
 
 
 class SessionCollector:
-    """Reads the metrics of a session whenever Prometheus asks; every sample has the label `session`.
+    """Reads the metrics of sessions whenever Prometheus asks; every sample has the label `session`. Made by `register`.
 
     Counters `tnm_session_answered_total`, `tnm_session_errors_total` (label `error`), `tnm_session_runs_total`,
-    `tnm_session_reloads_total`; gauges `tnm_session_waiting`, `tnm_session_running`, `tnm_session_fallback` (1 after a
-    fallback, label `reason`); summaries `tnm_session_queue_seconds` and `tnm_session_run_seconds` with the quantiles
-    .5, .95 and .99. What each of them means is said in `Metrics`.
-
-    Args:
-        session: Whose metrics.
-        name: The value of the label.
+    `tnm_session_repeated_total`, `tnm_session_reloads_total`; gauges `tnm_session_waiting`, `tnm_session_running`,
+    `tnm_session_fallback` (1 after a fallback, label `reason`); histograms `tnm_session_queue_seconds` and
+    `tnm_session_run_seconds`. What each of them means is said in `Metrics`. Closed sessions are left out.
     """
 
-    def __init__(self, session: Session, name: str) -> None:
-        self._session = session
-        self._name = name
+    def __init__(self) -> None:
+        self._sessions: dict[str, Session] = {}
 
-    def collect(self) -> Iterator["Metric"]:
+    def add(self, name: str, session: Session) -> None:
+        """See `register`."""
+        known = self._sessions.get(name)
+        if known is not None and not known.closed:
+            raise ValueError(f"a session is registered as {name!r} already: give another name")
+        self._sessions[name] = session
+
+    def describe(self) -> "list[Metric]":
+        """The families, without samples: what a registry compares with those of others."""
+        return list(_families().values())
+
+    def collect(self) -> "Iterator[Metric]":
         """What `prometheus_client` calls."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        metrics, name = self._session.metrics(), self._name
-        for what, value, meaning in (
-            ("answered", metrics.answered, "Calls that got their answer"),
-            ("runs", metrics.runs, "Times that the network ran"),
-            ("reloads", metrics.reloads, "Artifacts swapped in"),
-        ):
-            counter = CounterMetricFamily(f"tnm_session_{what}", meaning, labels=["session"])
-            counter.add_metric([name], value)
-            yield counter
-        errors = CounterMetricFamily(
-            "tnm_session_errors", "Calls that got no answer, by error class", labels=["session", "error"]
-        )
-        for error, count in sorted(metrics.errors.items()):
-            errors.add_metric([name, error], count)
-        yield errors
-        for what, value, meaning in (
-            ("waiting", metrics.waiting, "Calls in the queue"),
-            ("running", metrics.running, "Calls under way"),
-        ):
-            gauge = GaugeMetricFamily(f"tnm_session_{what}", meaning, labels=["session"])
-            gauge.add_metric([name], value)
-            yield gauge
-        fallback = GaugeMetricFamily(
-            "tnm_session_fallback", "1 where another artifact answers than was asked for", labels=["session", "reason"]
-        )
-        fallback.add_metric([name, metrics.fallback_reason or ""], float(metrics.fallback_reason is not None))
-        yield fallback
-        yield _summary("queue", "Seconds in the queue", name, metrics.queue)
-        yield _summary("run", "Seconds of a run, waiting for a context included", name, metrics.run)
+        families = _families()
+        for name, session in list(self._sessions.items()):
+            if not session.closed:
+                _fill(families, name, session.metrics())
+        yield from families.values()
 
 
-def register(session: Session, name: str, registry: "CollectorRegistry | None" = None) -> SessionCollector:
-    """Let Prometheus see a session.
+def register(session: Session, name: str, registry: "CollectorRegistry | None" = None) -> None:
+    """Let Prometheus see a session, until it is closed.
 
     Args:
         session: Whose metrics.
-        name: The value of the label `session`: one for each session of a process.
+        name: The value of the label `session`.
         registry: Where; None: the default one of `prometheus_client`.
-
-    Returns:
-        What was registered, for `registry.unregister`.
 
     Raises:
         EnvironmentLacks: `prometheus_client` is not installed.
+        ValueError: Another session that is not closed has this name there.
     """
     try:
         from prometheus_client import REGISTRY
@@ -83,18 +63,54 @@ def register(session: Session, name: str, registry: "CollectorRegistry | None" =
         raise EnvironmentLacks(
             "prometheus_client is not installed: run `pip install 'tnm-pipeline[observe]'`"
         ) from error
-    collector = SessionCollector(session, name)
-    (registry or REGISTRY).register(collector)
-    return collector
+    where = registry or REGISTRY
+    with _registering:
+        if where not in _collectors:
+            _collectors[where] = SessionCollector()
+            where.register(_collectors[where])
+        _collectors[where].add(name, session)
 
 
-def _summary(what: str, meaning: str, name: str, times: Distribution) -> "Metric":
-    from prometheus_client import Metric
+_registering = threading.Lock()
+_collectors: "WeakKeyDictionary[CollectorRegistry, SessionCollector]" = WeakKeyDictionary()
+_COUNTERS = {
+    "answered": "Calls that got their answer",
+    "runs": "Times that the network ran",
+    "repeated": "Joined runs that failed, after which each of their calls ran alone",
+    "reloads": "Artifacts swapped in",
+}
+_GAUGES = {"waiting": "Calls in the queue", "running": "Runs under way"}
+_TIMES = {"queue": "Seconds in the queue", "run": "Seconds of a run, waiting for a context included"}
 
-    full = f"tnm_session_{what}_seconds"
-    summary = Metric(full, meaning, "summary")
-    for quantile, seconds in (("0.5", times.p50), ("0.95", times.p95), ("0.99", times.p99)):
-        summary.add_sample(full, {"session": name, "quantile": quantile}, seconds)
-    summary.add_sample(f"{full}_count", {"session": name}, times.count)
-    summary.add_sample(f"{full}_sum", {"session": name}, times.total)
-    return summary
+
+def _families() -> "dict[str, Metric]":
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+    label = ["session"]
+    made: dict[str, Metric] = {
+        what: CounterMetricFamily(f"tnm_session_{what}", meaning, labels=label) for what, meaning in _COUNTERS.items()
+    }
+    made["errors"] = CounterMetricFamily(
+        "tnm_session_errors", "Calls that got no answer, by error class", labels=["session", "error"]
+    )
+    made |= {what: GaugeMetricFamily(f"tnm_session_{what}", meaning, labels=label) for what, meaning in _GAUGES.items()}
+    made["fallback"] = GaugeMetricFamily(
+        "tnm_session_fallback", "1 where another artifact answers than was asked for", labels=["session", "reason"]
+    )
+    made |= {
+        what: HistogramMetricFamily(f"tnm_session_{what}_seconds", meaning, labels=label)
+        for what, meaning in _TIMES.items()
+    }
+    return made
+
+
+def _fill(families: "dict[str, Any]", name: str, metrics: Metrics) -> None:
+    for what in (*_COUNTERS, *_GAUGES):
+        families[what].add_metric([name], getattr(metrics, what))
+    for error, count in sorted(metrics.errors.items()):
+        families["errors"].add_metric([name, error], count)
+    families["fallback"].add_metric([name, metrics.fallback_reason or ""], float(metrics.fallback_reason is not None))
+    for what in _TIMES:
+        times: Distribution = getattr(metrics, what)
+        buckets = [(f"{bound:g}", count) for bound, count in times.buckets]
+        families[what].add_metric([name], [*buckets, ("+Inf", times.count)], times.total)

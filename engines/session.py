@@ -1,37 +1,45 @@
 """What production code holds: a session answers, from any thread, until it is closed."""
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, wait
 from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from tnm_pipeline.engines.arrays import CudaArray, Feed
-from tnm_pipeline.engines.batching import Batching, Joiner
+from tnm_pipeline.engines.batching import Batching, Extent, Join, Joiner
 from tnm_pipeline.engines.calls import CallLog, Observer
 from tnm_pipeline.engines.dispatch import Dispatcher, Request
 from tnm_pipeline.engines.engine import Engine
-from tnm_pipeline.engines.errors import ArtifactRejected, DeadlineExceeded, FeedError, SessionClosed
+from tnm_pipeline.engines.errors import ArtifactRejected, DeadlineExceeded, FeedError, RunFailed, SessionClosed
 from tnm_pipeline.engines.info import SessionInfo
-from tnm_pipeline.engines.limits import Limits
+from tnm_pipeline.engines.limits import Limits, deadline_after
 from tnm_pipeline.engines.manifest import Manifest, TensorSpec
 from tnm_pipeline.engines.metrics import Metrics
 
 _log = logging.getLogger("tnm_pipeline.engines")
 
 
+# Failures that another call of the same batch need not share.
+_OF_ONE_CALL = (FeedError, RunFailed, MemoryError)
+_ALONE = Extent(1, (), 0)
+_unclosed: "weakref.WeakSet[Session]" = weakref.WeakSet()
+
+
 class _End(NamedTuple):
     """What became of a call that was queued."""
 
     request: Request
-    begun: float
-    run: float
-    joined: int
     outcome: dict[str, Any] | Exception
+    run: float = 0.0
+    joined: int = 1
 
 
 class Session:
@@ -57,23 +65,18 @@ class Session:
         self._limits = limits
         self._batching = batching
         self._calls = CallLog(on_call)
-        self._changing = threading.RLock()  # held while the engine is exchanged
+        self._reloading = threading.Lock()  # held while a new engine is opened
+        self._changing = threading.Lock()  # held while it takes its place
         self._closed = False
-        self._engine = open_engine(path)
-        try:
-            self._joiner = self._join(self._engine)
-        except ValueError:
-            self._engine.retire()
-            raise
+        self._engine = self._opened(path)
         self._dispatcher = Dispatcher(
             self._answer,
             workers=limits.contexts,
             bound=limits.queue,
-            max_rows=batching.max_batch if batching else 1,
-            max_delay=batching.max_delay if batching else 0.0,
-            max_padding=batching.max_padding if batching else 0.0,
+            join=Join(batching.max_batch, batching.max_delay, batching.max_padding) if batching else None,
             name=f"tnm-engines-{path.name}",
         )
+        _unclosed.add(self)
         self._tell(logging.WARNING if self.fallback_reason else logging.INFO, "loaded")
 
     @property
@@ -105,6 +108,11 @@ class Session:
     def fallback_reason(self) -> str | None:
         """Why the plan does not answer, None where the artifact that was asked for does."""
         return self._engine.fallback_reason
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more calls."""
+        return self._closed
 
     @property
     def info(self) -> SessionInfo:
@@ -155,18 +163,19 @@ class Session:
             RunFailed: The runtime failed on these inputs; the session goes on.
             SessionClosed: After `close`.
         """
+        deadline = deadline_after(timeout)
         if self._batching:
-            return _result(self.submit(feeds, timeout=timeout, on_device=on_device), timeout)
-        deadline = None if timeout is None else time.monotonic() + timeout
+            return self._wait(self._queue(feeds, deadline, on_device))
         engine = self._open_engine()
         begun = time.perf_counter()
         try:
-            answers = engine.backend.run(engine.check(feeds), deadline, on_device=on_device)
+            try:
+                answers = engine.backend.run(engine.check(feeds), deadline, on_device=on_device)
+            finally:
+                engine.leave()  # before anybody is told: who observes may close the session
         except Exception as error:
             self._calls.failed(engine.manifest, error, run=time.perf_counter() - begun)
             raise
-        finally:
-            engine.leave()
         self._calls.ran(engine.manifest, time.perf_counter() - begun)
         return answers
 
@@ -189,31 +198,7 @@ class Session:
             Overloaded: The queue is full.
             SessionClosed: After `close`.
         """
-        now = time.monotonic()
-        engine = self._open_engine()
-        try:
-            checked = engine.check(feeds)
-            joiner = self._joiner
-            if joiner:
-                _require_host(checked, on_device)
-            request = Request(
-                feeds=checked,
-                future=Future(),
-                deadline=None if timeout is None else now + timeout,
-                queued=now,
-                context=copy_context(),
-                key=joiner.key(checked) if joiner else None,
-                rows=joiner.rows(checked) if joiner else 1,
-                size=joiner.size(checked) if joiner else 1,
-                on_device=on_device,
-            )
-            self._dispatcher.put(request)
-        except Exception as error:
-            self._calls.failed(engine.manifest, error)
-            raise
-        finally:
-            engine.leave()
-        return request.future
+        return self._queue(feeds, deadline_after(timeout), on_device).future
 
     async def run_async(
         self, feeds: Mapping[str, Any], *, timeout: float | None = None, on_device: bool = False
@@ -221,15 +206,16 @@ class Session:
         """Like `run`, for asyncio, in one of the session's threads. Cancelling drops a call that still waits."""
         import asyncio  # a third of this package's time to import, and loaded wherever this is called
 
-        future = self.submit(feeds, timeout=timeout, on_device=on_device)
-        waiting = asyncio.wrap_future(future)
+        request = self._queue(feeds, deadline_after(timeout), on_device)
+        waiting = asyncio.wrap_future(request.future)
+        left = None if request.deadline is None else request.deadline - time.monotonic()
         try:
-            await asyncio.wait({waiting}, timeout=timeout)
+            await asyncio.wait({waiting}, timeout=left)
         except asyncio.CancelledError:
-            future.cancel()
+            request.future.cancel()
             raise
-        if not waiting.done() and future.cancel():
-            raise _too_late(timeout)
+        if not waiting.done():
+            self._give_up(request)
         return await waiting
 
     def reload(self, path: str | Path | None = None) -> None:
@@ -245,42 +231,42 @@ class Session:
             EnvironmentLacks: As `load`.
             SessionClosed: After `close`.
         """
-        with self._changing:
+        with self._reloading:
             old = self._engine
-            if self._closed:
-                raise SessionClosed(f"the session of {old.manifest.artifact} is closed: load it again")
             path = self._path if path is None else Path(path)
-            new = self._open(path)
+            self._require_open()
             try:
-                _require_same(old.manifest, new.manifest)
-                joiner = self._join(new)
-            except ValueError as error:
+                new = self._opened(path, old.manifest)
+            except ArtifactRejected as error:
+                error.add_note(f"the session goes on with {old.manifest.artifact}")
+                raise
+            with self._changing:
+                if not self._closed:
+                    self._path, self._engine = path, new
+            if self._engine is not new:  # closed while the new one was opened
                 new.retire()
-                raise ArtifactRejected(f"{error}. The session goes on with {old.manifest.artifact}") from error
-            self._path, self._engine, self._joiner = path, new, joiner
+                self._require_open()
             old.retire()
             self._calls.recorder.reloaded()
         self._tell(logging.WARNING if self.fallback_reason else logging.INFO, "reloaded")
 
     def close(self, timeout: float | None = None) -> None:
-        """Refuse new calls, let those there are end, and free what the runtime holds. A second call does nothing.
+        """Refuse new calls, let those there are end, and free what the runtime holds. A second call does no harm.
 
         Args:
             timeout: Seconds after which calls that still wait are dropped with `SessionClosed`, and the rest of the
                 work is left to the last call that runs; None: as long as they take.
         """
+        until = None if timeout is None else time.monotonic() + min(max(timeout, 0.0), threading.TIMEOUT_MAX / 2)
         with self._changing:
-            if self._closed:
-                return
             self._closed = True
-        until = None if timeout is None else time.monotonic() + timeout
-        dropped = self._dispatcher.close(timeout)
-        for request in dropped:
-            if request.future.set_running_or_notify_cancel():
-                self._reject(request, _closed(self.manifest))
-        self._engine.retire()
+        dropped = self._dispatcher.close(None if until is None else until - time.monotonic())
+        self._answer_all([_End(request, _closed(self.manifest)) for request in dropped])
+        first = self._engine.retire()
         self._engine.freed(None if until is None else max(0.0, until - time.monotonic()))
-        self._tell(logging.INFO, "closed", dropped=len(dropped))
+        _unclosed.discard(self)
+        if first:
+            self._tell(logging.INFO, "closed", dropped=len(dropped))
 
     def __enter__(self) -> Self:
         return self
@@ -290,87 +276,164 @@ class Session:
     ) -> None:
         self.close()
 
-    def _join(self, engine: Engine) -> Joiner | None:
-        if self._batching is None:
-            return None
-        return Joiner(self._batching, engine.manifest.inputs, engine.manifest.outputs)
+    def _opened(self, path: Path, known: Manifest | None = None) -> Engine:
+        """A new engine that takes what callers know, if `known`, and whose calls can be joined, if that is wanted."""
+        engine = self._open(path)
+        try:
+            if known:
+                _require_same(known, engine.manifest)
+            if self._batching:
+                engine.joiner = Joiner(self._batching, engine.manifest.inputs, engine.manifest.outputs)
+        except ValueError as error:
+            engine.retire()
+            if known and not isinstance(error, ArtifactRejected):
+                raise ArtifactRejected(str(error)) from error
+            raise
+        return engine
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise _closed(self.manifest)
 
     def _open_engine(self) -> Engine:
         """The engine for a new call, to be left by the caller."""
-        if self._closed:
-            raise _closed(self.manifest)
-        return self._entered()
+        try:
+            self._require_open()
+            return self._entered()
+        except SessionClosed as error:
+            self._calls.failed(self.manifest, error)
+            raise
 
     def _entered(self) -> Engine:
         while not (engine := self._engine).enter():
-            if self._closed and engine is self._engine:
+            if self._closed:
                 raise _closed(engine.manifest)  # else another one took its place
         return engine
 
+    def _queue(self, feeds: Mapping[str, Any], deadline: float | None, on_device: bool) -> Request:
+        """Check a call and have it wait."""
+        engine = self._open_engine()
+        try:
+            try:
+                checked = engine.check(feeds)
+                joiner = engine.joiner
+                if joiner:
+                    _require_host(checked, on_device)
+                request = Request(
+                    feeds=checked,
+                    future=Future(),
+                    deadline=deadline,
+                    queued=time.monotonic(),
+                    context=copy_context(),
+                    key=joiner.key(checked) if joiner else None,
+                    extent=joiner.extent(checked) if joiner else _ALONE,
+                    on_device=on_device,
+                )
+                self._dispatcher.put(request)
+            finally:
+                engine.leave()
+        except Exception as error:
+            self._calls.failed(engine.manifest, error)
+            raise
+        # Weakly: a future that is kept must not keep what was asked.
+        request.future.add_done_callback(partial(self._forget_cancelled, weakref.ref(request)))
+        return request
+
+    def _wait(self, request: Request) -> dict[str, Any]:
+        """The answer of a queued call, or that it came too late."""
+        if request.deadline is not None:
+            wait([request.future], max(0.0, request.deadline - time.monotonic()))
+            if not request.future.done():
+                self._give_up(request)
+        return request.future.result()
+
+    def _give_up(self, request: Request) -> None:
+        """Refuse a call whose time is over, unless a worker has it already."""
+        if self._dispatcher.remove(request):
+            self._answer([request])
+
+    def _forget_cancelled(self, known: "weakref.ref[Request]", future: Future[dict[str, Any]]) -> None:
+        """Take a call that was cancelled out of the queue."""
+        request = known() if future.cancelled() else None
+        if request is not None and self._dispatcher.remove(request):
+            self._answer([request])
+
     def _answer(self, requests: list[Request]) -> None:
-        """In a worker: answer what was gathered."""
+        """Answer what was gathered, and refuse what nobody waits for any more."""
+        ends, live = [], []
+        now = time.monotonic()
+        for request in requests:
+            if not request.future.set_running_or_notify_cancel():
+                ends.append(_End(request, CancelledError("it was cancelled")))
+            elif request.late(now):
+                ends.append(_End(request, _too_late(request)))
+            else:
+                live.append(request)
+            self._calls.recorder.queued(now - request.queued)
+        if live:
+            ends += self._run(live)
+        self._answer_all(ends)
+
+    def _run(self, requests: list[Request]) -> "list[_End]":
+        """Run what is live; whatever happens, there is an end for each."""
         try:
             engine = self._entered()
         except SessionClosed as error:  # `close` did not wait
-            for request in requests:
-                if request.future.set_running_or_notify_cancel():
-                    self._reject(request, error)
-            return
-        live = [request for request in requests if self._begins(request)]
+            return [_End(request, error) for request in requests]
         try:
-            ends = self._run_together(engine, live) if live else []
+            return self._run_on(engine, requests)
+        except BaseException as error:
+            _log.exception("a run failed in a way that no backend should")
+            failure = RunFailed(f"{engine.manifest.artifact}: {type(error).__name__}: {error}: report this")
+            return [_End(request, failure) for request in requests]
         finally:
-            engine.leave()
-        for end in ends:  # the engine is left by now: who has the last answer may count on it
-            self._resolve(engine, end)
+            engine.leave()  # before anybody is told
 
-    def _begins(self, request: Request) -> bool:
-        """Whether anybody still waits for this answer."""
-        now = time.monotonic()
-        late = request.deadline is not None and now >= request.deadline
-        if not request.future.set_running_or_notify_cancel():
-            self._calls.recorder.failed(DeadlineExceeded.__name__ if late else "Cancelled")
-            return False
-        if late:
-            assert request.deadline is not None, "what has no deadline is never late"
-            self._reject(request, _too_late(request.deadline - request.queued))
-            return False
-        self._calls.recorder.queued(now - request.queued)
-        return True
-
-    def _run_together(self, engine: Engine, requests: list[Request]) -> list[_End]:
-        calls = [request.feeds for request in requests]
-        joiner = self._joiner
+    def _run_on(self, engine: Engine, requests: list[Request]) -> "list[_End]":
+        joiner = engine.joiner
         begun = time.monotonic()
         try:
+            calls = [engine.check(request.feeds) for request in requests]  # again: a reload may have other ranges
             if joiner is None or len(calls) == 1:
-                (request,) = requests
-                answers = [engine.backend.run(request.feeds, request.deadline, on_device=request.on_device)]
+                (request,), (feeds,) = requests, calls
+                answers = [engine.backend.run(feeds, request.deadline, on_device=request.on_device)]
             else:
-                answers = joiner.split(engine.backend.run(joiner.join(calls)), calls)
-        except Exception as error:
+                answers = joiner.split(engine.backend.run(joiner.join(calls), _latest(requests)), calls)
+        except _OF_ONE_CALL as error:
             if len(requests) == 1:
-                return [_End(requests[0], begun, time.monotonic() - begun, 1, error)]
-            return [self._run_together(engine, [request])[0] for request in requests]  # the fault of one is its own
+                return [_End(requests[0], error, time.monotonic() - begun)]
+            self._calls.recorder.repeated()
+            _log.warning("a run of %d joined calls failed, each runs alone: %s", len(requests), error)
+            return [self._run_on(engine, [request])[0] for request in requests]
+        except Exception as error:
+            return [_End(request, error, time.monotonic() - begun) for request in requests]
         seconds = time.monotonic() - begun
         self._calls.recorder.ran(seconds, len(requests))
-        return [
-            _End(request, begun, seconds, len(requests), answer)
-            for request, answer in zip(requests, answers, strict=True)
-        ]
+        return [_End(*pair, seconds, len(requests)) for pair in zip(requests, answers, strict=True)]
 
-    def _resolve(self, engine: Engine, end: _End) -> None:
-        if isinstance(end.outcome, Exception):
-            self._reject(end.request, end.outcome, end.run)
-            return
-        queue = end.begun - end.request.queued
-        end.request.context.run(self._calls.tell, engine.manifest, queue, end.run, joined=end.joined)
-        end.request.future.set_result(end.outcome)
+    def _answer_all(self, ends: "list[_End]") -> None:
+        """Tell who observes and who waits, each whatever the others do with it."""
+        for end in ends:
+            try:
+                self._answer_one(end)
+            except BaseException:  # of an observer or a callback, in a thread of ours
+                _log.exception("who was told of a call failed; the call itself did not")
 
-    def _reject(self, request: Request, error: Exception, run: float = 0.0) -> None:
-        queue = time.monotonic() - request.queued - run
-        request.context.run(self._calls.failed, self.manifest, error, queue=queue, run=run)
-        request.future.set_exception(error)
+    def _answer_one(self, end: "_End") -> None:
+        request, outcome = end.request, end.outcome
+        queue = max(0.0, time.monotonic() - request.queued - end.run)
+        try:
+            if isinstance(outcome, Exception):
+                request.context.run(self._calls.failed, self.manifest, outcome, queue=queue, run=end.run)
+            else:
+                request.context.run(self._calls.tell, self.manifest, queue, end.run, joined=end.joined)
+        finally:
+            if isinstance(outcome, CancelledError):
+                pass  # the future says so itself
+            elif isinstance(outcome, Exception):
+                request.future.set_exception(outcome)
+            else:
+                request.future.set_result(outcome)
 
     def _tell(self, level: int, event: str, **facts: object) -> None:
         """One line for people, and the same as fields for machines."""
@@ -388,22 +451,28 @@ class Session:
         _log.log(level, message, known, extra=known)
 
 
-def _result(future: Future[dict[str, Any]], timeout: float | None) -> dict[str, Any]:
-    """The answer of a queued call that is dropped after `timeout` seconds if its turn has not come."""
-    try:
-        return future.result(timeout)
-    except TimeoutError:
-        if future.done() or not future.cancel():
-            return future.result()
-        raise _too_late(timeout) from None
+@atexit.register
+def _end_all() -> None:
+    """Let what runs end before the interpreter does, which else takes the runtime from under it and aborts."""
+    for session in list(_unclosed):
+        session._answer_all([_End(request, _closed(session.manifest)) for request in session._dispatcher.drop()])
+        session.close()
 
 
-def _too_late(timeout: float | None) -> DeadlineExceeded:
-    return DeadlineExceeded(f"the turn of this call did not come within {timeout:g} s: allow more time, or send less")
+def _too_late(request: Request) -> DeadlineExceeded:
+    assert request.deadline is not None, "what has no deadline is never late"
+    given = request.deadline - request.queued
+    return DeadlineExceeded(f"the turn of this call did not come within {given:.2g} s: allow more time, or send less")
 
 
 def _closed(manifest: Manifest) -> SessionClosed:
     return SessionClosed(f"the session of {manifest.artifact} is closed: load it again to run it")
+
+
+def _latest(requests: list[Request]) -> float | None:
+    """When the last of them gives up waiting for a context; None where one of them does not."""
+    deadlines = [request.deadline for request in requests if request.deadline is not None]
+    return max(deadlines) if len(deadlines) == len(requests) else None
 
 
 def _require_host(feeds: Mapping[str, Feed], on_device: bool) -> None:

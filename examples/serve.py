@@ -15,13 +15,18 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from tnm_pipeline.engines import ArtifactRejected, DeadlineExceeded, Overloaded, SessionClosed, load
+from tnm_pipeline.engines import ArtifactRejected, DeadlineExceeded, DeviceOutOfMemory, Overloaded, SessionClosed, load
 from tnm_pipeline.engines.prometheus import register
 
-STATUS = {ValueError: 422, ArtifactRejected: 409, Overloaded: 503, DeadlineExceeded: 504, SessionClosed: 503}
-session = load(sys.argv[1], fallback="onnxruntime")
+STATUS = {
+    **dict.fromkeys((ValueError, TypeError, OverflowError), 422),
+    **dict.fromkeys((Overloaded, SessionClosed, DeviceOutOfMemory), 503),
+    DeadlineExceeded: 504,
+    ArtifactRejected: 409,
+}
+session = load(sys.argv[1], fallback="onnxruntime", finite=True)
 register(session, name="main")
 
 
@@ -29,7 +34,7 @@ class Call(BaseModel):
     """What /run takes."""
 
     inputs: dict[str, Any]
-    timeout: float | None = None
+    timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 @asynccontextmanager

@@ -111,6 +111,13 @@ def test_the_service_answers_over_http(tmp_path: Path) -> None:
                 refused = client.post("/run", json={"inputs": inputs})
                 assert refused.status_code == 422
                 assert says in refused.json()["error"]
+            for body in (
+                {"inputs": {"x": {"a": 1}}},
+                {"inputs": {"x": [[1e39, 0, 0, 0]]}},
+                {"inputs": {}, "timeout": 0},
+            ):
+                assert client.post("/run", json=body).status_code == 422
+            assert client.post("/run", content='{"inputs": {}, "timeout": NaN}').status_code == 422
             assert client.post("/reload").json()["sha256"] == client.get("/health").json()["sha256"]
             path.write_bytes(b"damaged")
             assert client.post("/reload").status_code == 409

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tnm_pipeline.engines import Batching, TensorSpec
-from tnm_pipeline.engines.batching import Joiner
+from tnm_pipeline.engines.batching import Extent, Joiner
 
 IDS = TensorSpec("ids", "int64", ("batch", "tokens"))
 MASK = TensorSpec("mask", "int64", ("batch", "tokens"))
@@ -29,8 +29,11 @@ def test_calls_of_other_lengths_are_answered_as_if_alone() -> None:
     joiner = Joiner(PAD, (IDS, MASK), (STATES, POOLED))
     calls = [call(1, 5, 0), call(3, 2, 1), call(2, 9, 2)]
     assert len({joiner.key(feeds) for feeds in calls}) == 1
-    assert [joiner.rows(feeds) for feeds in calls] == [1, 3, 2]
-    assert [joiner.size(feeds) for feeds in calls] == [10, 4, 18]
+    assert [joiner.extent(feeds) for feeds in calls] == [
+        Extent(1, ((5,), (5,)), 10),
+        Extent(3, ((2,), (2,)), 12),
+        Extent(2, ((9,), (9,)), 36),
+    ]
     joined = joiner.join(calls)
     assert joined["ids"].shape == joined["mask"].shape == (6, 9)
     assert joined["ids"].dtype == np.int64
@@ -64,6 +67,14 @@ def test_without_padding_only_equal_sizes_are_joined() -> None:
             "max_batch is 9, and the plan was built for a batch of at most 8",
         ),
         (Batching(pad={"ids": 0}), (IDS, MASK), (POOLED,), r"pad is for \['ids'\], and .* are \['ids', 'mask'\]"),
+        (
+            Batching(pad={"ids": 0.5, "mask": 0}),
+            (IDS, MASK),
+            (POOLED,),
+            "fills input ids with 0.5, which its type",
+        ),
+        (Batching(pad={"ids": 0, "mask": 1e30}), (IDS, MASK), (POOLED,), "fills input mask with 1e.30"),
+        (Batching(pad={"ids": 0, "mask": float("nan")}), (IDS, MASK), (POOLED,), "fills input mask with nan"),
         (
             PAD,
             (IDS, MASK),

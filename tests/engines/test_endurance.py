@@ -1,8 +1,8 @@
 """A minute of everything at once, as a service lives it."""
 
+import asyncio
 import gc
 import random
-import shutil
 import threading
 import time
 from concurrent.futures import Future
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from tnm_pipeline.engines import Batching, DeadlineExceeded, Limits, Overloaded, Session, load
-from tnm_pipeline.engines.artifact import manifest_path
 
 SECONDS, WARM = 60, 15
 THREADS, SIZES, QUEUE = 8, (1, 2, 3, 5, 8, 13, 32), 16
@@ -51,7 +50,7 @@ class Caller(threading.Thread):
         """A few futures at a time, each to be answered or refused once, between calls that wait."""
         futures: list[tuple[int, Future[dict[str, Any]]]] = []
         for _ in range(self.random.randrange(1, 6)):
-            size, timeout = self.random.choice(SIZES), self.random.choice([None, 10.0, 0.001, 0.0])
+            size, timeout = self.random.choice(SIZES), self.random.choice([None, 10.0, 0.001, 1e-6])
             self.asked += 1
             try:
                 futures.append((size, self.session.submit(self.feeds[size], timeout=timeout)))
@@ -60,8 +59,12 @@ class Caller(threading.Thread):
             self.deepest = max(self.deepest, self.session.metrics().waiting)
         size = self.random.choice(SIZES)
         self.asked += 1
+        timeout = self.random.choice([None, 0.001])
         try:
-            self.check(size, self.session.run(self.feeds[size], timeout=self.random.choice([None, 0.001])))
+            if self.random.random() < 0.1:
+                self.check(size, asyncio.run(self.session.run_async(self.feeds[size], timeout=timeout)))
+            else:
+                self.check(size, self.session.run(self.feeds[size], timeout=timeout))
         except REFUSED:
             self.refused += 1
         for size, future in futures:
@@ -91,8 +94,6 @@ def test_a_minute_of_load_reloads_and_deadlines(model: Path, other_model: Path, 
         with load(path, device="cpu") as alone:
             for size in SIZES:
                 right[size].append(alone.run(feeds[size])["output"])
-    live = model.with_name("live.onnx")
-    shutil.copyfile(model, live)
     with load(model, device="cpu", limits=Limits(contexts=3, queue=QUEUE), batching=batching) as session:
         callers = [Caller(session, seed, feeds, right) for seed in range(THREADS)]
         begun = time.monotonic()
@@ -124,5 +125,4 @@ def test_a_minute_of_load_reloads_and_deadlines(model: Path, other_model: Path, 
     assert metrics.reloads == reloads >= 10
     assert max(caller.deepest for caller in callers) <= QUEUE
     assert (metrics.waiting, metrics.running) == (0, 0)
-    assert manifest_path(model).exists()
     assert max(grown) <= 1.02 * grown[0]

@@ -1,4 +1,5 @@
 import re
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,16 @@ def test_arrays_of_other_libraries_are_read_where_they_are() -> None:
         Signature(SPECS).check(feeds(image=tensor.double()))
     with pytest.raises(FeedError, match=r"input image is a list: pass numpy\.asarray\(image, 'float32'\)"):
         Signature(SPECS).check(feeds(image=[[1.0]]))
+
+
+def test_what_only_looks_like_inputs_is_refused() -> None:
+    wrong: Any = [np.zeros(3)]
+    with pytest.raises(FeedError, match="inputs come by name, as a dict of arrays, not as a list"):
+        Signature(SPECS).check(wrong)
+    masked = np.ma.MaskedArray(np.zeros((2, 3), np.float32), mask=True)
+    with pytest.raises(FeedError, match=r"input image has a mask.*pass image\.filled"):
+        Signature(SPECS).check(feeds(image=masked))
+    assert list(Signature(SPECS).check(MappingProxyType(feeds()))) == ["ids", "image", "scale"]
 
 
 def test_arrays_of_a_gpu_are_checked_by_shape_and_go_on_as_they_are() -> None:

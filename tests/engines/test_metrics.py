@@ -34,7 +34,21 @@ def test_times_beyond_the_buckets_are_counted() -> None:
 
 
 def test_no_times_have_no_quantiles() -> None:
-    assert Histogram().summary() == Distribution(0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    summary = Histogram().summary()
+    assert summary == Distribution(0, 0.0, 0.0, 0.0, 0.0, 0.0, summary.buckets)
+    assert {count for _, count in summary.buckets} == {0}
+
+
+@given(st.lists(st.floats(1e-6, 1000), max_size=300))
+def test_buckets_count_what_is_below_their_bounds(times: list[float]) -> None:
+    histogram = Histogram()
+    for seconds in times:
+        histogram.record(seconds)
+    buckets = histogram.summary().buckets
+    assert [bound for bound, _ in buckets] == [1e-6 * 2**octave for octave in range(1, 31)]
+    for bound, count in buckets:
+        assert sum(seconds < bound * (1 - 1e-9) for seconds in times) <= count
+        assert count <= sum(seconds < bound * (1 + 1e-9) for seconds in times)
 
 
 def test_nothing_is_lost_between_threads() -> None:
@@ -46,6 +60,7 @@ def test_nothing_is_lost_between_threads() -> None:
             recorder.ran(seconds, calls=3)
             recorder.queued(seconds)
             recorder.failed("FeedError")
+            recorder.repeated()
         recorder.reloaded()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -55,6 +70,6 @@ def test_nothing_is_lost_between_threads() -> None:
         thread.join()
     read = recorder.read(waiting=1, running=2, fallback_reason="no GPU")
     assert (read.answered, read.runs, read.reloads, read.errors) == (6000, 2000, 4, {"FeedError": 2000})
-    assert read.run.count == read.queue.count == 2000
+    assert read.run.count == read.queue.count == read.repeated == 2000
     assert read.run.total == pytest.approx(4 * times.sum())
     assert (read.waiting, read.running, read.fallback_reason) == (1, 2, "no GPU")

@@ -1,5 +1,6 @@
 """What Prometheus and OpenTelemetry see of a session."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -17,35 +18,59 @@ from tnm_pipeline.engines import FeedError, load
 from tnm_pipeline.engines.opentelemetry import spans
 from tnm_pipeline.engines.prometheus import register
 
+openmetrics: Any = importlib.import_module("prometheus_client.openmetrics.exposition")  # without types
+openmetrics_parser: Any = importlib.import_module("prometheus_client.openmetrics.parser")
 FEEDS = {"input": np.zeros((2, 8), np.float32)}
 
 
-def test_prometheus_reads_what_the_metrics_say(model: Path) -> None:
-    registry = CollectorRegistry()
+@pytest.mark.parametrize("describe", [False, True])
+def test_prometheus_reads_what_the_metrics_say(model: Path, describe: bool) -> None:
+    """Two sessions in a registry, also one like the default, which compares names; read by both parsers."""
+    registry = CollectorRegistry(auto_describe=describe)
     with load(model, device="cpu") as session, load(model, device="cpu") as other:
         register(session, "main", registry)
         register(other, "other", registry)
+        with pytest.raises(ValueError, match="registered as 'main' already"):
+            register(other, "main", registry)
         for _ in range(3):
             session.run(FEEDS)
         session.submit(FEEDS).result()
         with pytest.raises(FeedError):
             session.run({})
-        text = generate_latest(registry).decode()
+        classic, modern = generate_latest(registry).decode(), openmetrics.generate_latest(registry).decode()
         metrics = session.metrics()
-    samples = {
-        (sample.name, *(value for label, value in sorted(sample.labels.items()) if label != "session")): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.labels["session"] == "main"
-    }
-    assert samples["tnm_session_answered_total",] == samples["tnm_session_runs_total",] == 4
-    assert samples["tnm_session_errors_total", "FeedError"] == 1
-    assert samples["tnm_session_reloads_total",] == samples["tnm_session_waiting",] == 0
-    assert samples["tnm_session_fallback", ""] == 0
-    assert samples["tnm_session_run_seconds_count",] == 4
-    assert samples["tnm_session_run_seconds_sum",] == pytest.approx(metrics.run.total)
-    assert samples["tnm_session_run_seconds", "0.99"] == pytest.approx(metrics.run.p99)
-    assert samples["tnm_session_queue_seconds_count",] == 1
+    for families in (
+        text_string_to_metric_families(classic),
+        openmetrics_parser.text_string_to_metric_families(modern),
+    ):
+        samples = {
+            (
+                sample.name,
+                *(value for label, value in sorted(sample.labels.items()) if label != "session"),
+            ): sample.value
+            for family in families
+            for sample in family.samples
+            if sample.labels["session"] == "main"
+        }
+        assert samples["tnm_session_answered_total",] == samples["tnm_session_runs_total",] == 4
+        assert samples["tnm_session_errors_total", "FeedError"] == 1
+        assert samples["tnm_session_reloads_total",] == samples["tnm_session_waiting",] == 0
+        assert samples["tnm_session_fallback", ""] == 0
+        assert samples["tnm_session_run_seconds_count",] == samples["tnm_session_run_seconds_bucket", "+Inf"] == 4
+        assert samples["tnm_session_run_seconds_sum",] == pytest.approx(metrics.run.total)
+        assert samples["tnm_session_queue_seconds_count",] == 1
+        below = [value for key, value in samples.items() if key[0] == "tnm_session_run_seconds_bucket"]
+        assert below == sorted(below)
+        assert len(below) == 31
+
+
+def test_a_closed_session_makes_room_for_its_name(model: Path) -> None:
+    registry = CollectorRegistry()
+    for _ in range(2):
+        with load(model, device="cpu") as session:
+            register(session, "main", registry)
+            assert b'tnm_session_answered_total{session="main"} 0.0' in generate_latest(registry)
+    assert b'session="main"' not in generate_latest(registry)
 
 
 def test_calls_become_spans_below_the_callers(model: Path) -> None:

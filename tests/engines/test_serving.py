@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ from tnm_pipeline.engines import (
     write_manifest,
 )
 from tnm_pipeline.engines.artifact import manifest_path, read_verified, sha256_of
+from tnm_pipeline.engines.backends.onnxruntime import OnnxRuntimeBackend
 from tnm_pipeline.engines.manifest import ExternalFile
 
 LONG, SHORT = 200_000, 1  # rounds: a fifth of a second, and nothing
@@ -158,7 +161,7 @@ def test_cancelling_drops_what_waits(patient_model: Path) -> None:
                 future.result()
             asyncio.run(ask_and_leave(session))
             session.submit(feeds()).result()
-        assert session.metrics().errors == {"Cancelled": 2}
+        assert session.metrics().errors == {"CancelledError": 2}
         assert session.metrics().answered == 2
 
 
@@ -203,9 +206,121 @@ def test_the_fault_of_one_call_is_not_its_neighbours(lookup_model: Path) -> None
         assert session.metrics().answered == 2
 
 
-def test_a_network_that_cannot_be_joined_is_refused_and_freed(patient_model: Path) -> None:
+def test_a_network_that_cannot_be_joined_is_refused_and_freed(
+    patient_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[object] = []
+    monkeypatch.setattr(OnnxRuntimeBackend, "close", lambda backend: freed.append(backend))
     with pytest.raises(ValueError, match="begin with one dynamic dimension"):
         load(patient_model, device="cpu", batching=Batching())
+    assert len(freed) == 1
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan")])
+def test_a_timeout_is_a_positive_time(model: Path, timeout: float) -> None:
+    with load(model, device="cpu") as session:
+        for ask in (session.run, session.submit, lambda *a, **k: asyncio.run(session.run_async(*a, **k))):
+            with pytest.raises(ValueError, match="give a positive number of seconds"):
+                ask(rows(1), timeout=timeout)
+        assert session.run(rows(1), timeout=float("inf"))["output"].shape == (1, 16)
+        assert session.submit(rows(1), timeout=1e300).result()["output"].shape == (1, 16)
+
+
+def test_who_gives_up_leaves_the_queue_and_everybody_is_told(patient_model: Path) -> None:
+    """Client timeouts must not lock out live calls."""
+    told: list[Call] = []
+
+    async def storm(session: Session) -> Any:
+        calls = [session.run_async(feeds(), timeout=0.01) for _ in range(3)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    limits = Limits(contexts=1, queue=4)
+    with load(patient_model, device="cpu", limits=limits, on_call=told.append) as session:
+        with busy(session, 1):
+            assert {type(error) for error in asyncio.run(storm(session))} == {DeadlineExceeded}
+            assert session.submit(feeds()).cancel()
+            assert session.metrics().waiting == 0
+            assert session.metrics().errors == {"DeadlineExceeded": 3, "CancelledError": 1}
+            assert [type(call.error).__name__ for call in told] == ["DeadlineExceeded"] * 3 + ["CancelledError"]
+            live = [session.submit(feeds()) for _ in range(4)]
+        wait(live)
+        assert session.metrics().queue.count == 9  # the refused ones waited too
+
+
+@pytest.mark.parametrize("fault", [SystemExit, KeyboardInterrupt, ZeroDivisionError])
+def test_no_observer_or_callback_takes_an_answer_or_a_thread(
+    model: Path, fault: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise fault
+
+    batching = Batching(max_batch=3, max_delay=30)
+    with load(model, device="cpu", batching=batching, on_call=fail, limits=Limits(contexts=1)) as session:
+        for _ in range(2):  # the worker lives on
+            futures = [session.submit(rows(1)) for _ in range(3)]
+            futures[0].add_done_callback(fail)
+            for future in futures:
+                assert future.result(60)["output"].shape == (1, 16)
+    assert "the call itself did not" in caplog.text or fault is not ZeroDivisionError
+
+
+def test_a_session_may_be_closed_by_who_observes_it(model: Path) -> None:
+    """In the caller's thread after an error, and in a worker, by an observer and by a callback."""
+    observed = load(model, device="cpu", on_call=lambda _: observed.close())
+    with pytest.raises(FeedError):
+        observed.run({})
+    assert observed.closed
+    working = load(model, device="cpu", on_call=lambda _: working.close())
+    assert working.submit(rows(1)).result(60)["output"].shape == (1, 16)
+    called = load(model, device="cpu")
+    done = threading.Event()
+
+    def close(_: object) -> None:
+        called.close()
+        done.set()
+
+    called.submit(rows(1)).add_done_callback(close)
+    assert done.wait(60)
+    for session in (observed, working, called):
+        session.close()
+        assert session._engine.freed(60)
+
+
+def test_a_runtime_that_fails_to_free_costs_no_answer(
+    patient_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with load(patient_model, device="cpu") as session:
+        backend: Any = session._engine.backend
+
+        def fail() -> None:
+            raise RuntimeError("sticky")
+
+        monkeypatch.setattr(backend, "close", fail)
+        with busy(session, 1) as (running,):
+            session.reload()
+        assert running.result()["output"][0] == 2
+        assert session.run(feeds())["output"][0] == 2
+        assert session.metrics().reloads == 1
+    assert "patient.onnx was not freed cleanly" in caplog.text
+
+
+def test_an_interpreter_that_ends_lets_runs_end_first(patient_model: Path) -> None:
+    """Without it, ONNX Runtime is taken from under its threads, and the process aborts."""
+    code = f"""
+import sys
+import numpy as np
+from tnm_pipeline.engines import Limits, load
+session = load(sys.argv[1], device="cpu", limits=Limits(contexts=2))
+call = {{"input": np.ones(3, np.float32), "rounds": np.array({LONG})}}
+futures = [session.submit(call) for _ in range(6)]
+for future in futures:
+    future.add_done_callback(lambda done: print(type(done.exception()).__name__, flush=True))
+while session.metrics().waiting > 4:
+    pass
+"""
+    done = subprocess.run([sys.executable, "-c", code, patient_model], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == ["NoneType"] * 2 + ["SessionClosed"] * 4
 
 
 def replace(target: Path, source: Path) -> None:
@@ -266,7 +381,7 @@ def test_a_refused_reload_leaves_the_old_one_answering(model: Path, patient_mode
             with pytest.raises(ArtifactRejected, match="its manifest states"):
                 session.reload()
         else:
-            with pytest.raises(ArtifactRejected, match=r"callers know .*goes on with model\.fp32\.onnx"):
+            with pytest.raises(ArtifactRejected, match=r"(?s)callers know .*goes on with model\.fp32\.onnx"):
                 session.reload(patient_model)
         np.testing.assert_array_equal(session.run(rows(2))["output"], before)
         assert session.metrics().reloads == 0
@@ -391,7 +506,15 @@ def test_what_answers_and_why(model: Path, caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.parametrize(
-    "bounds", [{"contexts": 0}, {"queue": 0}, {"patience": 0.0}, {"patience": float("nan")}, {"graphs": -1}]
+    "bounds",
+    [
+        {"contexts": 0},
+        {"queue": 0},
+        {"patience": 0.0},
+        {"patience": float("nan")},
+        {"patience": float("inf")},
+        {"graphs": -1},
+    ],
 )
 def test_bounds_without_sense_are_refused(bounds: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be positive"):

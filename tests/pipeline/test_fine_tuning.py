@@ -120,8 +120,8 @@ def test_pairs_go_all_the_way(pairs: Tnm, tmp_path: Path) -> None:
     }
     assert results["verify"]["metric"] == "spearman"
     assert results["verify"]["scores"]["torch"] == pytest.approx(results["best"]["spearman"], abs=1e-6)
-    # Pairs of equal sentences have a cosine of 1 but for rounding, which ranks them by chance: up to 11 of 66 pairs here,
-    # and what exchanging two neighbours of other scores would change is 4.6e-4.
+    # Pairs of equal sentences have a cosine of 1 but for rounding, which ranks them by chance: some 11 of 66 are.
+    # To exchange two neighbours of other scores would change 4.6e-4.
     assert results["verify"]["scores"]["onnx fp32"] == pytest.approx(results["best"]["spearman"], abs=1e-4)
     assert results["verify"]["parity"].keys() == {"fp32", "fp16", "bf16"}
     low, usual, high = results["export"]["ranges"]["sequence"]
