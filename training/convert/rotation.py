@@ -23,9 +23,10 @@ from tnm_pipeline.training.masks import solve
 from tnm_pipeline.training.pattern import Pattern
 
 _STEPS = 30  # of the alternation: docs/log.md
-# Of the share that is kept: this much of the rotated weights themselves is taken off what the masks keep. It changes no
-# optimum, for their energy is the same in all bases, but steps get three to five times as long. From 0.9 on they miss.
-_BOLDNESS = 0.75
+# Of the rotated weights themselves, this share of what the masks keep is taken off before the next basis is fitted. It
+# changes no optimum, for their energy is the same in all bases, but makes steps longer: too long for any optimum at
+# first, so that poor ones are left, and shorter from step to step.
+_BOLDEST, _LEAST_BOLD = 0.95, 0.7
 _LEAST_GAIN = 1e-4  # in the share that is kept; less is not worth the rounding of all weights
 
 
@@ -105,7 +106,8 @@ def search_rotation(model: nn.Module, space: HeadSpace, patterns: Mapping[str, P
             before = after = kept
         elif kept > after:
             best, after = matrix, kept
-        pulls = sum((side.pull(_BOLDNESS * before) for side in sides), torch.zeros_like(matrix))
+        boldness = before * (_BOLDEST + (_LEAST_BOLD - _BOLDEST) * step / _STEPS)
+        pulls = sum((side.pull(boldness) for side in sides), torch.zeros_like(matrix))
         matrix = _nearest_rotation(pulls)
     if after < before + _LEAST_GAIN:
         return None

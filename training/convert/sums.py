@@ -5,6 +5,7 @@ each term is rounded once, to a multiple of one unit that is fixed beforehand; m
 int64.
 """
 
+import threading
 from collections.abc import Iterable
 from math import frexp
 
@@ -16,6 +17,7 @@ from tnm_pipeline.training.convert.group import Group
 _MOST = 1000  # so that its power of two is a float64
 _BITS = 62  # of an int64, without the sign and one for rounding
 _ENTRIES_AT_ONCE = 1 << 16  # converted in the cache of a CPU
+COLUMNS_AT_ONCE = 128  # of a gram matrix
 
 
 class ExactSum:
@@ -23,6 +25,9 @@ class ExactSum:
 
     The unit is 2^-62 of the bound on the total, so a total near the bound is as exact as float64, and smaller ones lose
     relative precision like the small entries of any fixed-point number.
+
+    Attributes:
+        device: of the terms.
     """
 
     def __init__(self, shape: tuple[int, ...], bound: float, device: torch.device) -> None:
@@ -33,6 +38,7 @@ class ExactSum:
             bound: no entry of the total, nor of any part of it, exceeds this in absolute value.
             device: of the terms.
         """
+        self.device = device
         self._exponent = min(_BITS - frexp(bound)[1], _MOST) if bound > 0 else 0
         self._total = torch.zeros(shape, dtype=torch.int64, device=device)
 
@@ -47,6 +53,39 @@ class ExactSum:
     def total(self, group: Group) -> Tensor:
         """The sum over all processes of the group: float64."""
         return group.add(self._total).double().mul_(2.0**-self._exponent)
+
+
+class ExactGram:
+    """Adds X^T X in fixed point, blocks on and above the diagonal only: half of the products, sums and memory."""
+
+    def __init__(self, width: int, bound: float, device: torch.device) -> None:
+        """Start at zero.
+
+        Args:
+            width: K, of the matrices X.
+            bound: as of `ExactSum`.
+            device: of the matrices.
+        """
+        self._width = width
+        self._columns = [slice(at, min(at + COLUMNS_AT_ONCE, width)) for at in range(0, width, COLUMNS_AT_ONCE)]
+        self._sums = [ExactSum((part.stop, part.stop - part.start), bound, device) for part in self._columns]
+        self._lock = threading.Lock()
+
+    def add(self, x: Tensor) -> None:
+        """Add the products of (S, K) float rows; from any thread."""
+        for part, blocks in zip(self._columns, self._sums, strict=True):
+            product = x[:, : part.stop].T @ x[:, part]
+            with self._lock:
+                blocks.add(product)
+
+    def total(self, group: Group) -> Tensor:
+        """The sum over all processes of the group: (K, K) float64. Ends the addition."""
+        gram = torch.empty(self._width, self._width, dtype=torch.float64, device=self._sums[0].device)
+        for part in self._columns:
+            block = self._sums.pop(0).total(group)
+            gram[: part.stop, part] = block
+            gram[part, : part.start] = block[: part.start].T
+        return gram
 
 
 def reach(tensors: Iterable[Tensor]) -> float:

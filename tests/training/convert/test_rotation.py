@@ -93,13 +93,13 @@ def test_what_is_said_to_be_kept_is_the_mean_of_both_layers(n: int, m: int) -> N
 
 def test_only_layers_with_a_pattern_count() -> None:
     model, pattern = Wide(), Pattern(2, 4)
-    space = spaces_of(model)[1]
-    alone = search_rotation(model, space, {"output": pattern})
-    both = search_rotation(model, space, {"output": pattern, "value": pattern})
-    assert alone is not None
-    assert both is not None
-    assert alone.kept_after > both.kept_after
-    assert search_rotation(model, space, {"query": pattern}) is None
+    space, other = spaces_of(model)
+    rotation = search_rotation(model, space, {"key": pattern, "output": pattern})
+    assert rotation is not None
+    for expected in (rotation.kept_before, rotation.kept_after):
+        assert kept_energy(model, "key", pattern) == pytest.approx(expected, abs=1e-6)
+        rotation.apply(model)
+    assert search_rotation(model, other, {"query": pattern}) is None
 
 
 def test_weights_that_lose_nothing_keep_their_basis() -> None:
