@@ -131,7 +131,8 @@ class _Follower:
 
     def _spoil(self, channels: Tensor) -> None:
         """Something reads these channels that is not understood."""
-        self.readers.update(dict.fromkeys(channels.unique().tolist(), 2))
+        repeated = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in channels.stride())
+        self.readers.update(dict.fromkeys(channels[repeated].unique().tolist(), 2))
 
     def _read(self, channels: Tensor) -> None:
         self.readers.update(channels.flatten().tolist())
