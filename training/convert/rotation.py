@@ -85,18 +85,18 @@ def search_rotation(model: nn.Module, space: HeadSpace, patterns: Mapping[str, P
         patterns: of the layers that get masks.
 
     Returns:
-        `None` if neither layer gets masks, or none was found that keeps more.
+        `None` if neither layer gets masks, none was found that keeps more, or a weight is NaN or infinite,
+        which the conversion refuses later.
     """
-    first, second = space.parts
-    carried = torch.ones(len(first.index), 1, 1)
-    if second.axis:  # a head counts in the output projection as much as its values are large
-        carried = _blocks(model, first).flatten(1).norm(dim=1)[:, None, None]
+    first = space.parts[0]
+    # a head counts in the output projection as much as its values are large
+    carried = _blocks(model, first).flatten(1).norm(dim=1)[:, None, None]
     sides = [
         _Side(model, part, patterns[part.layer], carried if part.axis else torch.ones_like(carried))
         for part in space.parts
         if part.layer in patterns
     ]
-    if not sides:
+    if not sides or not all(bool(torch.isfinite(side.blocks).all()) for side in sides):
         return None
     matrix = best = torch.eye(first.index.shape[1], device=sides[0].blocks.device).expand(len(first.index), -1, -1)
     before = after = 0.0

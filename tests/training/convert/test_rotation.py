@@ -110,6 +110,16 @@ def test_weights_that_lose_nothing_keep_their_basis() -> None:
     assert search_rotation(model, spaces_of(model)[0], {"query": Pattern(2, 4), "key": Pattern(2, 4)}) is None
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_left_to_the_conversion(value: float) -> None:
+    model = Wide()
+    with torch.no_grad():
+        model.key.weight[3, 5] = value
+    assert search_rotation(model, spaces_of(model)[0], {"query": Pattern(2, 4), "key": Pattern(2, 4)}) is None
+    with pytest.raises(ValueError, match="has NaN or Inf entries"):
+        convert(model, Pattern(2, 4), [torch.randn(4, 5, 16)], selection=ALL)
+
+
 @pytest.mark.parametrize("name", ["bert", "vit"])
 @pytest.mark.parametrize("kind", ["2:4", "2:4-T"])
 def test_conversions_rotate_and_lose_less(name: str, kind: str) -> None:
