@@ -7,6 +7,7 @@ int64.
 
 import threading
 from collections.abc import Iterable
+from itertools import accumulate
 from math import frexp
 
 import torch
@@ -25,9 +26,6 @@ class ExactSum:
 
     The unit is 2^-62 of the bound on the total, so a total near the bound is as exact as float64, and smaller ones lose
     relative precision like the small entries of any fixed-point number.
-
-    Attributes:
-        device: of the terms.
     """
 
     def __init__(self, shape: tuple[int, ...], bound: float, device: torch.device) -> None:
@@ -38,16 +36,20 @@ class ExactSum:
             bound: no entry of the total, nor of any part of it, exceeds this in absolute value.
             device: of the terms.
         """
-        self.device = device
         self._exponent = min(_BITS - frexp(bound)[1], _MOST) if bound > 0 else 0
         self._total = torch.zeros(shape, dtype=torch.int64, device=device)
 
-    def add(self, term: Tensor) -> None:
-        """Add a term, of any float dtype, finite."""
+    def add(self, term: Tensor, first: int = 0) -> None:
+        """Add a term, of any float dtype, finite.
+
+        Args:
+            term: of the shape of the total, or fewer entries.
+            first: the entry of the flattened total that its first one is added to.
+        """
         unit = 2.0**self._exponent
         size = _ENTRIES_AT_ONCE if term.device.type == "cpu" else max(1, term.numel())
-        parts = (flat.flatten().split(size) for flat in (self._total, term))
-        for total, part in zip(*parts, strict=True):
+        flat = self._total.flatten()[first : first + term.numel()]
+        for total, part in zip(flat.split(size), term.flatten().split(size), strict=True):
             total += part.to(torch.float64, copy=True).mul_(unit).round_().to(torch.int64)
 
     def total(self, group: Group) -> Tensor:
@@ -66,23 +68,27 @@ class ExactGram:
             bound: as of `ExactSum`.
             device: of the matrices.
         """
-        self._width = width
+        self._width, self._device = width, device
         self._columns = [slice(at, min(at + COLUMNS_AT_ONCE, width)) for at in range(0, width, COLUMNS_AT_ONCE)]
-        self._sums = [ExactSum((part.stop, part.stop - part.start), bound, device) for part in self._columns]
+        sizes = [part.stop * (part.stop - part.start) for part in self._columns]
+        self._first = list(accumulate(sizes, initial=0))
+        # in one piece: many small ones would leave holes in the heap
+        self._sum = ExactSum((self._first[-1],), bound, device)
         self._lock = threading.Lock()
 
     def add(self, x: Tensor) -> None:
         """Add the products of (S, K) float rows; from any thread."""
-        for part, blocks in zip(self._columns, self._sums, strict=True):
+        for part, first in zip(self._columns, self._first, strict=False):
             product = x[:, : part.stop].T @ x[:, part]
             with self._lock:
-                blocks.add(product)
+                self._sum.add(product, first)
 
     def total(self, group: Group) -> Tensor:
-        """The sum over all processes of the group: (K, K) float64. Ends the addition."""
-        gram = torch.empty(self._width, self._width, dtype=torch.float64, device=self._sums[0].device)
-        for part in self._columns:
-            block = self._sums.pop(0).total(group)
+        """The sum over all processes of the group: (K, K) float64."""
+        blocks = self._sum.total(group).tensor_split(self._first[1:-1])
+        gram = torch.empty(self._width, self._width, dtype=torch.float64, device=self._device)
+        for part, flat in zip(self._columns, blocks, strict=True):
+            block = flat.view(part.stop, -1)
             gram[: part.stop, part] = block
             gram[part, : part.start] = block[: part.start].T
         return gram
