@@ -27,7 +27,7 @@ from tnm_pipeline.training.convert.least_squares import dampings, refit
 from tnm_pipeline.training.convert.problem import Problem, Solution
 
 PULLS = (0.1, 0.18, 0.32, 0.56, 1.0)  # rho, relative to the diagonal of H
-STEPS = 6  # with each of them
+STEPS = 5  # with each of them
 
 
 def admm(problem: Problem) -> Solution:

@@ -21,11 +21,10 @@ from tnm_pipeline.training.convert.batch import CalibrationError
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.patches import count_rows, gemm_rows, stride
-from tnm_pipeline.training.convert.sums import ExactSum, reach
+from tnm_pipeline.training.convert.sums import ExactGram, ExactSum, reach
 from tnm_pipeline.training.layout import to_gemm
 
 _MOST_SQUARE = 1e38  # of float32
-_COLUMNS_AT_ONCE = 384  # of a gram matrix: blocks below the diagonal are copied, not computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,17 +182,16 @@ class Collector:
         every, rows, largest = extent
 
         def total(which: str, batches: Sequence[Seen], samples: int) -> Sums:
-            gram = ExactSum((width, width), rows * largest**2, device)
+            gram = ExactGram(width, rows * largest**2, device)
             sums = ExactSum((width,), rows * largest, device)
             lock = threading.Lock()
 
             def add(one: Seen) -> None:
                 for inputs in getattr(one, which):
                     for x, _ in gemm_rows(layer, inputs, None, one.real, every):
-                        part, column_sums = gram_matrix(x), x.sum(0)
+                        gram.add(x)
                         with lock:
-                            gram.add(part)
-                            sums.add(column_sums)
+                            sums.add(x.sum(0))
 
             self._group.each(add, batches)
             return Sums(gram.total(self._group), sums.total(self._group), samples)
@@ -230,7 +228,7 @@ class Collector:
         """L^T X of the sparse X, and L^T L."""
         shape, device = 2 * self._base.shape[1:], self._base.device
         bound = 2 * extent.rows * extent.largest**2
-        cross, gram = ExactSum(shape, bound, device), ExactSum(shape, 2 * bound, device)
+        cross, gram = ExactSum(shape, bound, device), ExactGram(shape[0], 2 * bound, device)
         lock = threading.Lock()
 
         def add(one: Seen) -> None:
@@ -238,10 +236,10 @@ class Collector:
                 lags = gemm_rows(layer, dense - sparse, None, one.real, extent.every)
                 given = gemm_rows(layer, sparse, None, one.real, extent.every)
                 for (lag, _), (x, _) in zip(lags, given, strict=True):
-                    parts = lag.T @ x, gram_matrix(lag)
+                    gram.add(lag)
+                    product = lag.T @ x
                     with lock:
-                        cross.add(parts[0])
-                        gram.add(parts[1])
+                        cross.add(product)
 
         self._group.each(add, seen)
         return cross.total(self._group), gram.total(self._group)
@@ -276,24 +274,3 @@ class Collector:
 
         self._group.each(add, seen)
         return cross.total(self._group), total.total(self._group), squares.total(self._group)
-
-
-def gram_matrix(x: Tensor) -> Tensor:
-    """X^T X, computed on and above the diagonal blocks only.
-
-    Args:
-        x: (S, K).
-
-    Returns:
-        (K, K), same dtype, symmetric.
-    """
-    width = x.shape[1]
-    if width < 2 * _COLUMNS_AT_ONCE:
-        return x.T @ x
-    gram = x.new_empty(width, width)
-    for start in range(0, width, _COLUMNS_AT_ONCE):
-        end = min(start + _COLUMNS_AT_ONCE, width)
-        block = x[:, :end].T @ x[:, start:end]
-        gram[:end, start:end] = block
-        gram[start:end, :start] = block[:start].T
-    return gram

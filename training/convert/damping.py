@@ -22,7 +22,7 @@ from tnm_pipeline.training.masks import Solver, solve
 from tnm_pipeline.training.pattern import Pattern
 
 GRID = (0.01, DAMPING, 0.1, 0.3, 1.0)  # of the mean diagonal
-TRIED = 64  # outputs; a block that is cut off harms nothing here
+TRIED = 32  # outputs; a block that is cut off harms nothing here
 _HALF = 1.5  # how much more damping a fit to half of the samples gets; docs/log.md
 _TOLERANCE = 1e-2  # of the fits: errors of two dampings differ by more
 

@@ -25,6 +25,7 @@ from tnm_pipeline.training.convert.patches import ENTRIES_AT_ONCE, output_size, 
 from tnm_pipeline.training.convert.plan import Plan
 from tnm_pipeline.training.convert.problem import ROWS_AT_ONCE
 from tnm_pipeline.training.convert.schedule import schedule
+from tnm_pipeline.training.convert.sums import COLUMNS_AT_ONCE
 from tnm_pipeline.training.layout import to_gemm
 from tnm_pipeline.training.pattern import Pattern
 
@@ -219,9 +220,10 @@ def _collecting(
     every = stride(ceil(here.rows * passes.examples))
     patches = min(_FLOAT * ENTRIES_AT_ONCE * every, here.patches * passes.at_once / workers)
     slices = workers * _UNFOLDED * max(patches, here.patches) or min(batch, workers * _FLOAT * ENTRIES_AT_ONCE)
-    # gram matrices of a half, the dense and the sparse model, one of them also as integers; the lags' likewise
-    squares = 8 if lagging else 4 if sequential else 3
-    grams = (squares + workers / 2) * square + (5 if sequential else 2) * rectangle + slices
+    # gram matrices of a half, the dense and the sparse model, half of one also as integers; the lags' likewise
+    squares = 7 if lagging else 3.5 if sequential else 2.5
+    products = workers * _FLOAT * columns * min(columns, COLUMNS_AT_ONCE)
+    grams = squares * square + products + (5 if sequential else 2) * rectangle + slices
     residuals = 4 * rectangle + batch + slices if sequential else 0.0
     return max(grams + lagging * batch, residuals), (5 if lagging else 3 if sequential else 2) * square
 

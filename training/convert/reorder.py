@@ -1,7 +1,8 @@
-"""Renumber the channels between layers, before anything else, so that the masks of a plan keep more.
+"""Renumber the channels between layers and rotate attention heads, before anything else, so that masks keep more.
 
 The network computes the same afterwards. Which weights stand side by side in a group, and so compete for its places,
-is a matter of numbering; where a producer's outputs reach its consumers channel by channel, the numbering is free.
+is a matter of numbering; where a producer's outputs reach its consumers channel by channel, the numbering is free, and
+inside attention heads the whole basis is (`rotation.py`).
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from tnm_pipeline.training.convert.batch import Batch, head
 from tnm_pipeline.training.convert.channel_search import search_order
+from tnm_pipeline.training.convert.heads import find_head_spaces
 from tnm_pipeline.training.convert.permutation import Chain, importances, permutable, permute
 from tnm_pipeline.training.convert.plan import Plan
+from tnm_pipeline.training.convert.rotation import Rotation, search_rotation
 from tnm_pipeline.training.convert.tracing import DataflowError, trace
 
 _SWEEPS = 3  # of the search: 95% of what 30 gain
@@ -34,6 +37,14 @@ class Reordering:
     kept_before: float
     kept_after: float
 
+    def apply(self, model: nn.Module) -> None:
+        """Renumber in place.
+
+        Args:
+            model: the traced one, or one with the same modules.
+        """
+        permute(model, self.chain, self.order)
+
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
         return {
@@ -45,8 +56,8 @@ class Reordering:
         }
 
 
-def find_reorderings(model: nn.Module, plan: Plan, example: Batch) -> list[Reordering]:
-    """Search the numbering of every chain that masks depend on, by the magnitude that these would keep.
+def find_reorderings(model: nn.Module, plan: Plan, example: Batch) -> list[Reordering | Rotation]:
+    """Search the numbering of every chain and the basis of all heads that masks depend on, by what these would keep.
 
     Chains whose consumers have several patterns, or one that does not divide the channels, stay as they are; so does
     everything if the model's dataflow cannot be seen.
@@ -60,8 +71,10 @@ def find_reorderings(model: nn.Module, plan: Plan, example: Batch) -> list[Reord
         flow = trace(model, head(example, 2))
     except DataflowError:
         return []
-    found: list[Reordering] = []
     patterns = plan.patterns
+    rotations = (search_rotation(model, space, patterns) for space in find_head_spaces(flow, model))
+    rotated = [one for one in rotations if one is not None]
+    found: list[Reordering] = []
     for chain in permutable(flow, model):
         wanted = {patterns[name] for name in chain.consumers if name in patterns}
         if len(wanted) != 1 or chain.channels % (pattern := wanted.pop()).m:
@@ -74,10 +87,10 @@ def find_reorderings(model: nn.Module, plan: Plan, example: Batch) -> list[Reord
             found.append(Reordering(chain, result.permutation, result.before, result.after))
     for one in reversed(found):
         permute(model, one.chain, one.order.argsort())
-    return found
+    return [*rotated, *found]
 
 
-def reorder(model: nn.Module, reorderings: Sequence[Reordering]) -> None:
-    """Renumber in place: the same for every model of one architecture, such as a converted one and its reference."""
+def reorder(model: nn.Module, reorderings: Sequence[Reordering | Rotation]) -> None:
+    """Change a model in place: the same for all of one architecture, such as a converted one and its reference."""
     for one in reorderings:
-        permute(model, one.chain, one.order)
+        one.apply(model)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tnm_pipeline.training.convert.plan import Plan
 from tnm_pipeline.training.convert.reorder import Reordering
+from tnm_pipeline.training.convert.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,15 @@ class Conversion:
         masks: layer name -> bool, shape of the weight, `True` = kept; also under the names of tied layers.
         plan: what was to be done: the layers chosen, and why the others were not.
         batch_norms: how many were re-tuned.
-        reorderings: of channels, done before; `reorder(dense model, reorderings)` makes the two comparable layer by
-            layer.
+        reorderings: of channels and bases of heads, done before; `reorder(dense model, reorderings)` makes the two
+            comparable layer by layer.
     """
 
     layers: list[ConvertedLayer]
     masks: dict[str, Tensor]
     plan: Plan
     batch_norms: int
-    reorderings: tuple[Reordering, ...] = ()
+    reorderings: tuple[Reordering | Rotation, ...] = ()
 
     @property
     def mean_error(self) -> float:

@@ -66,8 +66,9 @@ def convert(
         sequential: fit each layer also to the inputs that the converted layers before it really give, rather than to
             those of the dense model alone.
         retune_batch_norm: set running statistics so that outputs keep the dense model's mean and spread.
-        reorder_channels: renumber channels between layers first, where the dataflow allows it, so that the masks keep
-            more. The network computes the same, with its weights in another order, which `Conversion.reorderings` has.
+        reorder_channels: renumber channels between layers and rotate attention heads first, where the dataflow allows
+            it, so that the masks keep more. The network computes the same, with its weights in another order and basis,
+            which `Conversion.reorderings` has.
         workers: threads that share the work.
         journal: folder that keeps finished layers, so that a killed conversion goes on from there. Several processes
             must see the same folder.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tnm_pipeline.training.convert.batch import CalibrationError
-from tnm_pipeline.training.convert.collect import Collector, Seen, gram_matrix
+from tnm_pipeline.training.convert.collect import Collector, Seen
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.patches import stride
@@ -215,10 +215,3 @@ def test_other_refusals() -> None:
         collector.collect("odd", layer, [Seen([x], [x, x])])
     with pytest.raises(CalibrationError, match=r"layer odd .*or on other shapes"):
         collector.collect("odd", layer, [Seen([x], [x[:2]])])
-
-
-@pytest.mark.parametrize("width", [5, 383, 768, 1000])
-def test_gram_matrix_in_blocks(width: int) -> None:
-    x = torch.randn(7, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    gram = gram_matrix(x)
-    torch.testing.assert_close(gram, x.T @ x)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tnm_pipeline.training.convert.group import Group
-from tnm_pipeline.training.convert.sums import ExactSum, reach
+from tnm_pipeline.training.convert.sums import ExactGram, ExactSum, reach
 
 CPU = torch.device("cpu")
 
@@ -82,3 +82,17 @@ def test_reach_is_the_largest_absolute_value() -> None:
 def test_reach_notices_what_is_not_finite(value: float) -> None:
     assert reach([torch.ones(3), torch.tensor([1.0, value, 2.0])]) == float("inf")
     assert reach([torch.tensor([value]), torch.ones(3)]) == float("inf")
+
+
+@pytest.mark.parametrize("width", [1, 5, 128, 129, 383])
+def test_gram_matrices_are_summed_in_blocks(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(7, width, generator=generator, dtype=torch.float64) for _ in range(3)]
+    grams = []
+    for order in (rows, rows[::-1]):
+        summed = ExactGram(width, float(torch.cat(rows).square().sum()), CPU)
+        for x in order:
+            summed.add(x)
+        grams.append(summed.total(Group()))
+    torch.testing.assert_close(grams[0], sum((x.T @ x for x in rows), torch.zeros(width, width)))
+    assert torch.equal(grams[0], grams[1])
