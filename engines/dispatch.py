@@ -14,6 +14,7 @@ from typing import Any
 from tnm_pipeline.engines.arrays import Feed
 from tnm_pipeline.engines.batching import Extent, Join
 from tnm_pipeline.engines.errors import Overloaded, SessionClosed
+from tnm_pipeline.engines.manifest import Manifest
 
 _log = logging.getLogger("tnm_pipeline.engines")
 
@@ -31,6 +32,7 @@ class Request:
         key: Requests of equal keys can be joined.
         extent: What it adds to a joined run.
         on_device: Whether the answer stays on the GPU.
+        manifest: Of the artifact that it was checked against.
     """
 
     feeds: Mapping[str, Feed]
@@ -41,6 +43,7 @@ class Request:
     key: Hashable
     extent: Extent
     on_device: bool
+    manifest: Manifest
 
     def late(self, now: float) -> bool:
         """Whether its deadline has passed."""

@@ -6,19 +6,17 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, Future, wait
-from contextvars import copy_context
-from functools import partial
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-from tnm_pipeline.engines.arrays import CudaArray, Feed
-from tnm_pipeline.engines.batching import Batching, Extent, Join, Joiner
+from tnm_pipeline.engines.batching import Batching, Joiner
+from tnm_pipeline.engines.call_queue import CallQueue
 from tnm_pipeline.engines.calls import CallLog, Observer
-from tnm_pipeline.engines.dispatch import Dispatcher, Request
+from tnm_pipeline.engines.dispatch import Request
 from tnm_pipeline.engines.engine import Engine
-from tnm_pipeline.engines.errors import ArtifactRejected, DeadlineExceeded, FeedError, RunFailed, SessionClosed
+from tnm_pipeline.engines.errors import ArtifactRejected, SessionClosed
 from tnm_pipeline.engines.info import SessionInfo
 from tnm_pipeline.engines.limits import Limits, deadline_after
 from tnm_pipeline.engines.manifest import Manifest, TensorSpec
@@ -27,19 +25,8 @@ from tnm_pipeline.engines.metrics import Metrics
 _log = logging.getLogger("tnm_pipeline.engines")
 
 
-# Failures that another call of the same batch need not share.
-_OF_ONE_CALL = (FeedError, RunFailed, MemoryError)
-_ALONE = Extent(1, (), 0)
+_LONGEST = threading.TIMEOUT_MAX / 2
 _unclosed: "weakref.WeakSet[Session]" = weakref.WeakSet()
-
-
-class _End(NamedTuple):
-    """What became of a call that was queued."""
-
-    request: Request
-    outcome: dict[str, Any] | Exception
-    run: float = 0.0
-    joined: int = 1
 
 
 class Session:
@@ -69,12 +56,8 @@ class Session:
         self._changing = threading.Lock()  # held while it takes its place
         self._closed = False
         self._engine = self._opened(path)
-        self._dispatcher = Dispatcher(
-            self._answer,
-            workers=limits.contexts,
-            bound=limits.queue,
-            join=Join(batching.max_batch, batching.max_delay, batching.max_padding) if batching else None,
-            name=f"tnm-engines-{path.name}",
+        self._queue = CallQueue(
+            self._entered, self._calls, limits=limits, batching=batching, name=f"tnm-engines-{path.name}"
         )
         _unclosed.add(self)
         self._tell(logging.WARNING if self.fallback_reason else logging.INFO, "loaded")
@@ -140,7 +123,7 @@ class Session:
         """Counts and times so far."""
         engine = self._engine
         return self._calls.recorder.read(
-            waiting=self._dispatcher.waiting, running=engine.calls, fallback_reason=engine.fallback_reason
+            waiting=self._queue.waiting, running=engine.calls, fallback_reason=engine.fallback_reason
         )
 
     def run(self, feeds: Mapping[str, Any], *, timeout: float | None = None, on_device: bool = False) -> dict[str, Any]:
@@ -165,7 +148,7 @@ class Session:
         """
         deadline = deadline_after(timeout)
         if self._batching:
-            return self._wait(self._queue(feeds, deadline, on_device))
+            return self._queue.wait(self._queued(feeds, deadline, on_device))
         engine = self._open_engine()
         begun = time.perf_counter()
         try:
@@ -198,7 +181,7 @@ class Session:
             Overloaded: The queue is full.
             SessionClosed: After `close`.
         """
-        return self._queue(feeds, deadline_after(timeout), on_device).future
+        return self._queued(feeds, deadline_after(timeout), on_device).future
 
     async def run_async(
         self, feeds: Mapping[str, Any], *, timeout: float | None = None, on_device: bool = False
@@ -206,7 +189,7 @@ class Session:
         """Like `run`, for asyncio, in one of the session's threads. Cancelling drops a call that still waits."""
         import asyncio  # a third of this package's time to import, and loaded wherever this is called
 
-        request = self._queue(feeds, deadline_after(timeout), on_device)
+        request = self._queued(feeds, deadline_after(timeout), on_device)
         waiting = asyncio.wrap_future(request.future)
         left = None if request.deadline is None else request.deadline - time.monotonic()
         try:
@@ -215,7 +198,7 @@ class Session:
             request.future.cancel()
             raise
         if not waiting.done():
-            self._give_up(request)
+            self._queue.give_up(request)
         return await waiting
 
     def reload(self, path: str | Path | None = None) -> None:
@@ -257,16 +240,15 @@ class Session:
             timeout: Seconds after which calls that still wait are dropped with `SessionClosed`, and the rest of the
                 work is left to the last call that runs; None: as long as they take.
         """
-        until = None if timeout is None else time.monotonic() + min(max(timeout, 0.0), threading.TIMEOUT_MAX / 2)
+        until = None if timeout is None else time.monotonic() + min(timeout if timeout > 0 else 0.0, _LONGEST)
         with self._changing:
             self._closed = True
-        dropped = self._dispatcher.close(None if until is None else until - time.monotonic())
-        self._answer_all([_End(request, _closed(self.manifest)) for request in dropped])
+        dropped = self._queue.close(None if until is None else until - time.monotonic(), _closed(self.manifest))
         first = self._engine.retire()
         self._engine.freed(None if until is None else max(0.0, until - time.monotonic()))
         _unclosed.discard(self)
         if first:
-            self._tell(logging.INFO, "closed", dropped=len(dropped))
+            self._tell(logging.INFO, "closed", dropped=dropped)
 
     def __enter__(self) -> Self:
         return self
@@ -310,130 +292,16 @@ class Session:
                 raise _closed(engine.manifest)  # else another one took its place
         return engine
 
-    def _queue(self, feeds: Mapping[str, Any], deadline: float | None, on_device: bool) -> Request:
-        """Check a call and have it wait."""
+    def _queued(self, feeds: Mapping[str, Any], deadline: float | None, on_device: bool) -> Request:
         engine = self._open_engine()
         try:
             try:
-                checked = engine.check(feeds)
-                joiner = engine.joiner
-                if joiner:
-                    _require_host(checked, on_device)
-                request = Request(
-                    feeds=checked,
-                    future=Future(),
-                    deadline=deadline,
-                    queued=time.monotonic(),
-                    context=copy_context(),
-                    key=joiner.key(checked) if joiner else None,
-                    extent=joiner.extent(checked) if joiner else _ALONE,
-                    on_device=on_device,
-                )
-                self._dispatcher.put(request)
+                return self._queue.put(engine, feeds, deadline, on_device)
             finally:
                 engine.leave()
         except Exception as error:
             self._calls.failed(engine.manifest, error)
             raise
-        # Weakly: a future that is kept must not keep what was asked.
-        request.future.add_done_callback(partial(self._forget_cancelled, weakref.ref(request)))
-        return request
-
-    def _wait(self, request: Request) -> dict[str, Any]:
-        """The answer of a queued call, or that it came too late."""
-        if request.deadline is not None:
-            wait([request.future], max(0.0, request.deadline - time.monotonic()))
-            if not request.future.done():
-                self._give_up(request)
-        return request.future.result()
-
-    def _give_up(self, request: Request) -> None:
-        """Refuse a call whose time is over, unless a worker has it already."""
-        if self._dispatcher.remove(request):
-            self._answer([request])
-
-    def _forget_cancelled(self, known: "weakref.ref[Request]", future: Future[dict[str, Any]]) -> None:
-        """Take a call that was cancelled out of the queue."""
-        request = known() if future.cancelled() else None
-        if request is not None and self._dispatcher.remove(request):
-            self._answer([request])
-
-    def _answer(self, requests: list[Request]) -> None:
-        """Answer what was gathered, and refuse what nobody waits for any more."""
-        ends, live = [], []
-        now = time.monotonic()
-        for request in requests:
-            if not request.future.set_running_or_notify_cancel():
-                ends.append(_End(request, CancelledError("it was cancelled")))
-            elif request.late(now):
-                ends.append(_End(request, _too_late(request)))
-            else:
-                live.append(request)
-            self._calls.recorder.queued(now - request.queued)
-        if live:
-            ends += self._run(live)
-        self._answer_all(ends)
-
-    def _run(self, requests: list[Request]) -> "list[_End]":
-        """Run what is live; whatever happens, there is an end for each."""
-        try:
-            engine = self._entered()
-        except SessionClosed as error:  # `close` did not wait
-            return [_End(request, error) for request in requests]
-        try:
-            return self._run_on(engine, requests)
-        except BaseException as error:
-            _log.exception("a run failed in a way that no backend should")
-            failure = RunFailed(f"{engine.manifest.artifact}: {type(error).__name__}: {error}: report this")
-            return [_End(request, failure) for request in requests]
-        finally:
-            engine.leave()  # before anybody is told
-
-    def _run_on(self, engine: Engine, requests: list[Request]) -> "list[_End]":
-        joiner = engine.joiner
-        begun = time.monotonic()
-        try:
-            calls = [engine.check(request.feeds) for request in requests]  # again: a reload may have other ranges
-            if joiner is None or len(calls) == 1:
-                (request,), (feeds,) = requests, calls
-                answers = [engine.backend.run(feeds, request.deadline, on_device=request.on_device)]
-            else:
-                answers = joiner.split(engine.backend.run(joiner.join(calls), _latest(requests)), calls)
-        except _OF_ONE_CALL as error:
-            if len(requests) == 1:
-                return [_End(requests[0], error, time.monotonic() - begun)]
-            self._calls.recorder.repeated()
-            _log.warning("a run of %d joined calls failed, each runs alone: %s", len(requests), error)
-            return [self._run_on(engine, [request])[0] for request in requests]
-        except Exception as error:
-            return [_End(request, error, time.monotonic() - begun) for request in requests]
-        seconds = time.monotonic() - begun
-        self._calls.recorder.ran(seconds, len(requests))
-        return [_End(*pair, seconds, len(requests)) for pair in zip(requests, answers, strict=True)]
-
-    def _answer_all(self, ends: "list[_End]") -> None:
-        """Tell who observes and who waits, each whatever the others do with it."""
-        for end in ends:
-            try:
-                self._answer_one(end)
-            except BaseException:  # of an observer or a callback, in a thread of ours
-                _log.exception("who was told of a call failed; the call itself did not")
-
-    def _answer_one(self, end: "_End") -> None:
-        request, outcome = end.request, end.outcome
-        queue = max(0.0, time.monotonic() - request.queued - end.run)
-        try:
-            if isinstance(outcome, Exception):
-                request.context.run(self._calls.failed, self.manifest, outcome, queue=queue, run=end.run)
-            else:
-                request.context.run(self._calls.tell, self.manifest, queue, end.run, joined=end.joined)
-        finally:
-            if isinstance(outcome, CancelledError):
-                pass  # the future says so itself
-            elif isinstance(outcome, Exception):
-                request.future.set_exception(outcome)
-            else:
-                request.future.set_result(outcome)
 
     def _tell(self, level: int, event: str, **facts: object) -> None:
         """One line for people, and the same as fields for machines."""
@@ -455,29 +323,12 @@ class Session:
 def _end_all() -> None:
     """Let what runs end before the interpreter does, which else takes the runtime from under it and aborts."""
     for session in list(_unclosed):
-        session._answer_all([_End(request, _closed(session.manifest)) for request in session._dispatcher.drop()])
+        session._queue.drop(_closed(session.manifest))
         session.close()
-
-
-def _too_late(request: Request) -> DeadlineExceeded:
-    assert request.deadline is not None, "what has no deadline is never late"
-    given = request.deadline - request.queued
-    return DeadlineExceeded(f"the turn of this call did not come within {given:.2g} s: allow more time, or send less")
 
 
 def _closed(manifest: Manifest) -> SessionClosed:
     return SessionClosed(f"the session of {manifest.artifact} is closed: load it again to run it")
-
-
-def _latest(requests: list[Request]) -> float | None:
-    """When the last of them gives up waiting for a context; None where one of them does not."""
-    deadlines = [request.deadline for request in requests if request.deadline is not None]
-    return max(deadlines) if len(deadlines) == len(requests) else None
-
-
-def _require_host(feeds: Mapping[str, Feed], on_device: bool) -> None:
-    if on_device or any(isinstance(feed, CudaArray) for feed in feeds.values()):
-        raise FeedError("calls are joined in the memory of the host: pass numpy arrays, or load without batching")
 
 
 def _require_same(old: Manifest, new: Manifest) -> None:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import copy_context
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,13 @@ from tnm_pipeline.engines.batching import Extent, Join
 from tnm_pipeline.engines.dispatch import Dispatcher, Request
 
 Answers = list[list[Request]]
+MANIFEST: Any = None  # nobody here looks at it
 
 
 def request(rows: int = 1, size: int = 1, key: object = None, seconds: float | None = None) -> Request:
     extent, now = Extent(rows, ((size,),), rows * size), time.monotonic()
     deadline = None if seconds is None else now + seconds
-    return Request({}, Future(), deadline, now, copy_context(), key, extent, on_device=False)
+    return Request({}, Future(), deadline, now, copy_context(), key, extent, False, MANIFEST)
 
 
 def size(one: Request) -> int:
