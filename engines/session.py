@@ -23,6 +23,7 @@ from tnm_pipeline.engines.manifest import Manifest, TensorSpec
 from tnm_pipeline.engines.metrics import Metrics
 
 _log = logging.getLogger("tnm_pipeline.engines")
+_log.addHandler(logging.NullHandler())  # quiet unless the application wants logs
 
 
 _LONGEST = threading.TIMEOUT_MAX / 2

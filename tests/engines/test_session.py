@@ -182,6 +182,15 @@ def test_the_fallback_answers_as_the_source_does_and_says_why(plan: Path, model:
 
 
 @without_gpu
+def test_a_fallback_is_logged_and_nothing_is_printed_unasked(plan: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(plan, fallback="onnxruntime").close()
+    assert [record.levelname for record in caplog.records if record.name == "tnm_pipeline.engines"] == ["WARNING"]
+    code = "import sys; from tnm_pipeline.engines import load; load(sys.argv[1], fallback='onnxruntime').close()"
+    done = subprocess.run([sys.executable, "-c", code, plan], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
+@without_gpu
 @pytest.mark.parametrize("damage", ["flip", "manifest", "gone"])
 def test_a_damaged_source_is_no_fallback(plan: Path, model: Path, damage: str) -> None:
     if damage == "flip":
