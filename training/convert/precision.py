@@ -1,7 +1,7 @@
 """In which precision the calibration passes run: products in bfloat16 where that is faster and hardly changes anything.
 
 What a layer is given is only looked at in sums over many rows, against errors of masks of a tenth of it and more; what
-bfloat16 adds is a hundredth at most, and as often up as down. Sums, fits and reported errors stay what they are.
+bfloat16 adds is a hundredth at most, and as often up as down. Sums and fits keep their precision.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from tnm_pipeline.training.convert.calibration import prunable_layer
 from tnm_pipeline.training.convert.passes import Passes
 from tnm_pipeline.training.convert.schedule import Schedule
 
-MOST_NOISE = 0.02  # of the inputs of any layer: its square is little beside that of an error of a tenth
+_MOST_NOISE = 0.02  # of the inputs of any layer: its square is little beside that of an error of a tenth
 _EXAMPLES = 2
 
 
@@ -39,7 +39,7 @@ def prefers_bfloat16(model: nn.Module, stops: Mapping[str, Sequence[str]], order
     if step_dtype(torch.device("cpu")) != torch.bfloat16:
         return False
     try:
-        return _noise(model, stops, order, head(example, _EXAMPLES)) <= MOST_NOISE
+        return _noise(model, stops, order, head(example, _EXAMPLES)) <= _MOST_NOISE
     except Exception:  # code that minds dtypes, such as of index_add_: in float32 the model runs, as the schedule saw
         return False
 
