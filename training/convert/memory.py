@@ -21,8 +21,10 @@ from tnm_pipeline.training.convert.admm import PULLS, step_dtype
 from tnm_pipeline.training.convert.batch import Batch, forward, head, tensors_of
 from tnm_pipeline.training.convert.calibration import evaluating, model_errors, prunable_layer
 from tnm_pipeline.training.convert.least_squares import MOST_KEPT_FOR_CHOLESKY
+from tnm_pipeline.training.convert.passes import in_bfloat16
 from tnm_pipeline.training.convert.patches import ENTRIES_AT_ONCE, output_size, stride
 from tnm_pipeline.training.convert.plan import Plan
+from tnm_pipeline.training.convert.precision import prefers_bfloat16
 from tnm_pipeline.training.convert.problem import ROWS_AT_ONCE
 from tnm_pipeline.training.convert.schedule import schedule
 from tnm_pipeline.training.convert.sums import COLUMNS_AT_ONCE
@@ -154,7 +156,11 @@ def estimate_memory(
     widest = max(batches, key=_elements_per_example)
     with evaluating(model), model_errors():
         order = schedule(model, planned.stops, widest, norms=retune_batch_norm)
-        held, most = _measure(model, planned, list(order.calls), head(widest, _EXAMPLES))
+        few = head(widest, _EXAMPLES)
+        held, most = _measure(model, planned, list(order.calls), few)
+        if prefers_bfloat16(model, planned.stops, order, batches[0]):
+            # the peak stays: here it would have copies of weights, as if each example needed some
+            held, _ = _measure(model, planned, list(order.calls), few, bfloat16=True)
     unit = _elements_per_example(widest)
     passes = _Passes(
         examples=sum(sizes) / unit,
@@ -242,7 +248,9 @@ def _solving(layer: nn.Linear | nn.Conv2d, pattern: Pattern, *, sequential: bool
     return _DOUBLE * (squares * columns**2 + rectangles * rows * columns + pieces)
 
 
-def _measure(model: nn.Module, planned: Plan, stops: Sequence[str], few: Batch) -> tuple[dict[str, Held], float]:
+def _measure(
+    model: nn.Module, planned: Plan, stops: Sequence[str], few: Batch, *, bfloat16: bool = False
+) -> tuple[dict[str, Held], float]:
     """What one example holds at each stop, and the most that it holds anywhere."""
     count = max(len(tensor) for _, tensor in tensors_of(few))
     alive, held = Alive(), {}
@@ -268,7 +276,7 @@ def _measure(model: nn.Module, planned: Plan, stops: Sequence[str], few: Batch) 
             module = model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(arrive(stop), with_kwargs=True))
     try:
-        with alive:
+        with alive, in_bfloat16(bfloat16):
             forward(model, few)
     finally:
         for handle in handles:

@@ -21,6 +21,11 @@ from tnm_pipeline.training.convert.residual import Endpoint
 _here = threading.local()  # .current: the pass that this thread runs
 
 
+def in_bfloat16(wanted: bool) -> torch.autocast:
+    """Products of float32 in bfloat16 inside, on this thread; weights change under way, so no copy of them is kept."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=wanted, cache_enabled=False)
+
+
 class _Abandoned(BaseException):
     """Unwinds a pass that nobody waits for; not an Exception, so that no handler of the model's swallows it."""
 
@@ -35,9 +40,10 @@ class Pass:
         met: the stops where it has waited.
     """
 
-    def __init__(self, index: int, batch: Batch) -> None:
+    def __init__(self, index: int, batch: Batch, *, bfloat16: bool = False) -> None:
         self.index = index
         self.batch = batch
+        self._bfloat16 = bfloat16
         self.stop: str | None = None
         self.met: set[str] = set()
         self._inputs: dict[str, list[Tensor]] = {}
@@ -105,7 +111,7 @@ class Pass:
         _here.current = self
         self._may_run.acquire()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), in_bfloat16(self._bfloat16):
                 forward(model, self.batch)
         except _Abandoned:
             pass
@@ -134,6 +140,8 @@ class Passes:
         calls: Mapping[str, int],
         partners: Mapping[str, Endpoint],
         workers: int = 1,
+        *,
+        bfloat16: bool = False,
     ) -> None:
         """Prepare; nothing runs yet.
 
@@ -144,8 +152,9 @@ class Passes:
             calls: stop -> how often its modules run in one forward pass: passes wait at the last of these.
             partners: stop -> a tensor to hold until passes leave the stop.
             workers: how many passes run at the same time.
+            bfloat16: multiply in it; see `precision.py`.
         """
-        self.passes = [Pass(index, batch) for index, batch in batches.items()]
+        self.passes = [Pass(index, batch, bfloat16=bfloat16) for index, batch in batches.items()]
         self._model = model
         self._stops = stops
         self._calls = calls

@@ -21,6 +21,7 @@ from tnm_pipeline.training.convert.layer import convert_layer
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.passes import Passes
 from tnm_pipeline.training.convert.plan import Plan
+from tnm_pipeline.training.convert.precision import prefers_bfloat16
 from tnm_pipeline.training.convert.problem import Method
 from tnm_pipeline.training.convert.residual import Residual, find_residual
 from tnm_pipeline.training.convert.result import Conversion, ConvertedLayer
@@ -67,8 +68,10 @@ class Walk:
         with ExitStack() as stack:
             with self._failing("the start", 0):
                 followed = [self.reference, self.model] if self.sequential or self.schedule.norms else [self.reference]
+                rounded = prefers_bfloat16(self.reference, stops, self.schedule, example)
+                calls, workers = self.schedule.calls, self.group.workers
                 sides = [
-                    stack.enter_context(Passes(one, batches, stops, self.schedule.calls, endpoints, self.group.workers))
+                    stack.enter_context(Passes(one, batches, stops, calls, endpoints, workers, bfloat16=rounded))
                     for one in followed
                 ]
                 dense, sparse = sides[0], sides[-1]

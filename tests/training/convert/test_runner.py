@@ -28,6 +28,7 @@ from tnm_pipeline.training.convert import (
     convert,
     layer_errors,
     plan_for,
+    walk,
 )
 from tnm_pipeline.training.convert.choosing import Scene, plan_by_preference
 from tnm_pipeline.training.convert.methods import supports
@@ -37,6 +38,11 @@ from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.selection import Selection, select
 
 QUICK = [name for name in METHODS if name != "adaprune"]  # whose thousand steps are tested once
+
+
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the calibration passes see what the test computes, to more digits than bfloat16 has."""
+    monkeypatch.setattr(walk, "prefers_bfloat16", lambda *_: False)
 
 
 CASES = [(method, text) for method in QUICK for text in ("2:4", "2:4-T", "1:4", "4:8-T")]
@@ -84,7 +90,8 @@ def test_sequential_lowers_the_error_inside_the_converted_network() -> None:
 
 @pytest.mark.parametrize("sequential", [True, False])
 @torch.no_grad()
-def test_reported_error_is_that_of_the_stored_layer(sequential: bool) -> None:
+def test_reported_error_is_that_of_the_stored_layer(sequential: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_float32(monkeypatch)
     model, dense = mlp(), mlp()
     conversion = convert(model, Pattern(2, 4), vectors(), selection=ALL, sequential=sequential, reorder_channels=False)
     x = torch.cat(vectors())
@@ -99,7 +106,8 @@ def test_reported_error_is_that_of_the_stored_layer(sequential: bool) -> None:
 
 
 @torch.no_grad()
-def test_bias_makes_mean_outputs_equal() -> None:
+def test_bias_makes_mean_outputs_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_float32(monkeypatch)
     model, dense = mlp(), mlp()
     convert(model, Pattern(2, 4), vectors(), method="magnitude", selection=ALL)
     x = torch.cat(vectors())
