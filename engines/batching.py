@@ -22,8 +22,8 @@ class Batching:
 
     Attributes:
         max_batch: Rows of a run.
-        max_delay: Seconds that a call waits for others, counted from its arrival: what it waited for a run under way
-            counts. With a deadline it waits for at most half of its time.
+        max_delay: Seconds that a free worker waits for more calls once it has one. A call with a deadline waits for at
+            most half of its time.
         pad: Input -> value that fills it up at the end where calls differ in other sizes than the batch, such as the
             length of a sentence: 0 for ids and for their attention mask. Answers are cut to the size of their call.
             Without it, only calls of equal sizes are joined. The network must ignore what is padded.

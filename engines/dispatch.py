@@ -49,11 +49,15 @@ class Request:
         """Whether its deadline has passed."""
         return self.deadline is not None and now >= self.deadline
 
-    def patient_until(self, delay: float) -> float:
-        """When it must have begun: after its delay, or when half of its time is over, whatever comes first."""
+    def patient_until(self, gathered: float, delay: float) -> float:
+        """When it must have begun: a delay after gathering began, or when half of its time is over, if that is first.
+
+        The delay does not count from its arrival: those whom a run has just answered would never be joined by those who
+        waited meanwhile, and calls in turns would run as two halves of a batch.
+        """
         if self.deadline is None:
-            return self.queued + delay
-        return self.queued + min(delay, (self.deadline - self.queued) / 2)
+            return gathered + delay
+        return min(gathered + delay, self.queued + (self.deadline - self.queued) / 2)
 
 
 class Dispatcher:
@@ -183,15 +187,15 @@ class Dispatcher:
         """The first that waits, and those like it that come before somebody's patience is over or the batch is full."""
         if late := self._take_late():
             return late
-        first = self._waiting.popleft()
-        gathered, extent, until = [first], first.extent, first.patient_until(join.max_delay)
+        first, begun = self._waiting.popleft(), time.monotonic()
+        gathered, extent, until = [first], first.extent, first.patient_until(begun, join.max_delay)
         while True:
             for request in sorted(self._waiting, key=lambda request: request.extent.distance(first.extent)):
                 both = extent.with_(request.extent)
                 if request.key == first.key and join.allows(both):
                     self._waiting.remove(request)
                     gathered.append(request)
-                    extent, until = both, min(until, request.patient_until(join.max_delay))
+                    extent, until = both, min(until, request.patient_until(begun, join.max_delay))
             left = until - time.monotonic()
             if extent.rows >= join.max_batch or left <= 0 or self._closed:
                 return gathered

@@ -80,16 +80,43 @@ def test_what_two_workers_gather_is_not_halved() -> None:
 
 
 def test_a_request_waits_for_others_no_longer_than_it_may() -> None:
-    """The delay counts from the arrival, and half of the time until a deadline is left for the run."""
-    now = time.monotonic()
-    free = request()
-    assert free.patient_until(0.5) == free.queued + 0.5
-    hasty = request(seconds=0.2)
-    assert hasty.patient_until(0.5) == pytest.approx(hasty.queued + 0.1)
-    assert hasty.patient_until(0.05) == hasty.queued + 0.05
-    assert not hasty.late(now)
-    assert hasty.late(now + 0.3)
-    assert not free.late(now + 1e9)
+    """The delay counts from when a worker turns to it, and half of the time until a deadline is left for the run."""
+    free, hasty = request(), request(seconds=0.2)
+    later = hasty.queued + 0.07
+    assert free.patient_until(later, 0.5) == later + 0.5
+    assert hasty.patient_until(later, 0.5) == pytest.approx(hasty.queued + 0.1)
+    assert hasty.patient_until(later, 0.02) == later + 0.02
+    assert not hasty.late(later)
+    assert hasty.late(hasty.queued + 0.3)
+    assert not free.late(later + 1e9)
+
+
+def test_who_was_just_answered_is_joined_by_who_waited_meanwhile() -> None:
+    """Four callers in turns with a run that takes longer than the delay: batches of four, not of two and two."""
+    answers = Answers()
+
+    def answer(requests: list[Request]) -> None:
+        answers.append(requests)
+        time.sleep(0.05)
+        for one in requests:
+            one.future.set_result({})
+
+    queue = dispatcher(answer, join=Join(4, 0.02, 0.25))
+
+    def call() -> None:
+        for _ in range(5):
+            mine = request()
+            queue.put(mine)
+            mine.future.result()
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    queue.close(None)
+    assert sum(map(len, answers)) == 20
+    assert [len(requests) for requests in answers].count(4) >= 3
 
 
 def test_a_deadline_in_the_batch_ends_the_waiting() -> None:
