@@ -1,9 +1,10 @@
 """What is lent to one call at a time: execution contexts, or the right to run."""
 
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 from tnm_pipeline.engines.errors import DeadlineExceeded, Overloaded
@@ -11,11 +12,20 @@ from tnm_pipeline.engines.errors import DeadlineExceeded, Overloaded
 T = TypeVar("T")
 
 
+class _Waiter(Generic[T]):
+    """A call that is handed an item by whoever gives one back."""
+
+    def __init__(self) -> None:
+        self.handed = threading.Lock()
+        self.handed.acquire()
+        self.item: T
+
+
 class Pool(Generic[T]):
-    """A fixed number of things, each lent to one thread at a time. Thread-safe.
+    """A fixed number of things, each lent to one thread at a time, to those who wait in their order. Thread-safe.
 
     Args:
-        items: What is lent.
+        items: What is lent; the last one that came back first, as its graphs and caches are warm.
         patience: Seconds after which a call that waits for one gives up.
 
     Raises:
@@ -27,10 +37,9 @@ class Pool(Generic[T]):
             raise ValueError(f"a pool of {len(items)} with a patience of {patience} s: give one or more and a time")
         self.size = len(items)
         self.patience = patience
-        self._items = list(items)  # the last one that came back first: its graphs and caches are warm
-        self._free: SimpleQueue[None] = SimpleQueue()
-        for _ in items:
-            self._free.put(None)
+        self._lock = threading.Lock()
+        self._free = list(items)
+        self._waiters: deque[_Waiter[T]] = deque()
 
     @contextmanager
     def lent(self, deadline: float | None = None) -> Iterator[T]:
@@ -51,25 +60,37 @@ class Pool(Generic[T]):
 
     def take(self, deadline: float | None = None) -> T:
         """Like `lent`, for callers that give it back themselves."""
-        try:
-            self._free.get_nowait()
-        except Empty:
-            self._wait(deadline)
-        return self._items.pop()
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            waiter: _Waiter[T] = _Waiter()
+            self._waiters.append(waiter)
+        return self._wait(waiter, deadline)
 
     def give_back(self, item: T) -> None:
-        """Make `item` free for the next call."""
-        self._items.append(item)
-        self._free.put(None)
+        """Hand `item` to the call that waits longest, or keep it for the next one.
 
-    def _wait(self, deadline: float | None) -> None:
+        Were it only made free, the thread that gives it back would take it again before another one wakes.
+        """
+        with self._lock:
+            if not self._waiters:
+                self._free.append(item)
+                return
+            waiter = self._waiters.popleft()
+        waiter.item = item
+        waiter.handed.release()
+
+    def _wait(self, waiter: _Waiter[T], deadline: float | None) -> T:
         left = self.patience if deadline is None else min(self.patience, deadline - time.monotonic())
         try:
-            self._free.get(timeout=max(left, 0.0))
-        except Empty:
-            pass
-        else:
-            return
+            if waiter.handed.acquire(timeout=max(left, 0.0)):
+                return waiter.item
+        except BaseException:  # an interrupt: what is handed over must not be lost
+            if not self._withdrawn(waiter):
+                self.give_back(waiter.item)
+            raise
+        if not self._withdrawn(waiter):
+            return waiter.item
         if left < self.patience:
             raise DeadlineExceeded(
                 f"all {self.size} contexts were busy until the deadline: allow more time, or load with a larger pool"
@@ -77,3 +98,12 @@ class Pool(Generic[T]):
         raise Overloaded(
             f"all {self.size} contexts were busy for {self.patience:g} s: load with a larger pool, or send less"
         )
+
+    def _withdrawn(self, waiter: _Waiter[T]) -> bool:
+        """Take back the wish for an item; False where one was handed over at the last moment."""
+        with self._lock:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+                return True
+        waiter.handed.acquire()
+        return False

@@ -65,3 +65,37 @@ def test_who_waits_in_vain_learns_which_bound_it_was() -> None:
 def test_a_pool_of_nothing_is_refused(items: list[int], patience: float) -> None:
     with pytest.raises(ValueError, match="give one or more and a time"):
         Pool(items, patience)
+
+
+def test_who_waits_is_served_in_order_before_who_comes_back() -> None:
+    """One thread that gives back and takes again at once must not starve the others."""
+    pool = Pool([0], patience=60)
+    served: list[str] = []
+    item = pool.take()
+
+    def wait(name: str) -> None:
+        with pool.lent():
+            served.append(name)
+
+    threads = []
+    for name in "abc":
+        thread = threading.Thread(target=wait, args=(name,))
+        thread.start()
+        threads.append(thread)
+        while len(pool._waiters) < len(threads):
+            time.sleep(0.0005)
+    pool.give_back(item)
+    with pool.lent():
+        served.append("again")
+    for thread in threads:
+        thread.join()
+    assert served == ["a", "b", "c", "again"]
+
+
+def test_who_gave_up_is_handed_nothing() -> None:
+    pool = Pool([0], patience=0.01)
+    item = pool.take()
+    with pytest.raises(Overloaded):
+        pool.take()
+    pool.give_back(item)
+    assert pool.take() == 0
