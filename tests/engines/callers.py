@@ -13,7 +13,7 @@ from tnm_pipeline.engines import (
     Session,
 )
 
-LONG, SHORT = 200_000, 1  # rounds: a fifth of a second, and nothing
+LONG, SHORT = 500_000, 1  # rounds: half a second, and nothing
 
 
 def feeds(rounds: int = SHORT, value: float = 1.0) -> dict[str, Any]:

@@ -78,7 +78,7 @@ import sys
 import numpy as np
 from tnm_pipeline.engines import Limits, load
 session = load(sys.argv[1], device="cpu", limits=Limits(contexts=2))
-call = {{"input": np.ones(3, np.float32), "rounds": np.array({5 * LONG})}}
+call = {{"input": np.ones(3, np.float32), "rounds": np.array({2 * LONG})}}
 futures = [session.submit(call) for _ in range(6)]
 for future in futures:
     future.add_done_callback(lambda done: print(type(done.exception()).__name__, flush=True))
