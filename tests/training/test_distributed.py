@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import SGD
 
 from tests.training import ranks
-from tests.training.leaving import ended_well
 from tnm_pipeline.training.distributed import ShardingError, check_in_sync, digest, full, local, local_part, plain_type
 from tnm_pipeline.training.recipes import Recipe
 from tnm_pipeline.training.sparsify import Sparsifier
@@ -34,13 +32,13 @@ def launch(processes: int, *command: str | Path, **environment: str) -> subproce
     )
 
 
-def results(what: str, processes: int, folder: Path, program: str = ranks.__file__) -> list[Any]:
-    """What a function of `ranks`, or of another program of its kind, returned in every process."""
-    since = time.time()
-    done = launch(processes, program, what, folder)
-    files = [folder / f"{what}.{processes}.{rank}.pt" for rank in range(processes)]
-    assert ended_well(done, files, since), done.stderr
-    return [torch.load(file, weights_only=False) for file in files]  # of our own, a moment ago
+def results(what: str, processes: int, folder: Path) -> list[Any]:
+    """What a function of `ranks` returned in every process."""
+    done = launch(processes, ranks.__file__, what, folder)
+    assert done.returncode == 0, done.stderr
+    return [
+        torch.load(folder / f"{what}.{processes}.{rank}.pt", weights_only=False) for rank in range(processes)
+    ]  # of our own, a moment ago
 
 
 def assert_equal(mine: dict[str, Tensor], other: dict[str, Tensor]) -> None:

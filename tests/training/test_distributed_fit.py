@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from tests.training import fit_ranks
-from tests.training.test_distributed import assert_equal, launch, results
+from tests.training.test_distributed import assert_equal, launch
 from tnm_pipeline.training.loop import FitConfig, fit
 from tnm_pipeline.training.processes import BatchSizeError, any_says, each_says, first_says, make_accelerator
 from tnm_pipeline.training.sources import Splits, digits, digits_mlp
 
 
 def outcomes(what: str, processes: int, folder: Path) -> list[dict[str, Any]]:
-    return results(what, processes, folder, fit_ranks.__file__)
+    done = launch(processes, fit_ranks.__file__, what, folder)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{what}.{processes}.{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.training.convert.networks import ALL, conv_net, images, same_bits
-from tests.training.leaving import ended_well
 from tnm_pipeline.training.convert import convert
 from tnm_pipeline.training.pattern import Pattern
 
@@ -63,13 +61,7 @@ def start(
     script.write_text(SCRIPT, encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*(launcher or [sys.executable]), str(script), str(folder), kind, str(last), str(count), journal]
-    since = time.time()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    if launcher:
-        outcomes = [(folder / f"{rank}.safetensors", folder / f"{rank}.txt") for rank in range(int(launcher[-1]))]
-        newest = [max(pair, key=lambda path: path.stat().st_mtime if path.exists() else 0.0) for pair in outcomes]
-        assert ended_well(done, newest, since), done.stderr
-        return 0
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
 
