@@ -81,4 +81,4 @@ def test_no_observer_or_callback_takes_an_answer_or_a_thread(
             futures[0].add_done_callback(fail)
             for future in futures:
                 assert future.result(60)["output"].shape == (1, 16)
-    assert "the call itself did not" in caplog.text or fault is not ZeroDivisionError
+    assert "the call itself did not" in caplog.text
