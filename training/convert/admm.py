@@ -25,16 +25,21 @@ from torch import Tensor
 
 from tnm_pipeline.training.convert.least_squares import dampings, refit
 from tnm_pipeline.training.convert.problem import Problem, Solution
+from tnm_pipeline.training.convert.step_dtype import step_dtype
+from tnm_pipeline.training.masks import keep
 
-PULLS = (0.1, 0.18, 0.32, 0.56, 1.0)  # rho, relative to the diagonal of H
-STEPS = 5  # with each of them
+PULLS = 9  # their number; more of fewer steps find better masks
+STEPS = 3  # with each of them
+_WEAKEST, _STRONGEST = 0.1, 1.0  # rho, relative to the diagonal of H; each is larger than the last by one factor
+_GROWTH = (_STRONGEST / _WEAKEST) ** (1 / (PULLS - 1))
+_INVERTED = 4  # so-manieth pulls, the first and the last among them, have an inverse of their own
 
 
 def admm(problem: Problem) -> Solution:
     """Choose the mask by ADMM and fit what it keeps.
 
-    O(iterations O K^2), in bfloat16 where the processor has it, and one inverse, O(K^3), for each pull, in float32;
-    rows share the inverses.
+    O(iterations O K^2), in bfloat16 where the processor has it, and three inverses, O(K^3), in float32; rows share the
+    inverses.
     """
     objective, weight = problem.objective, problem.weight
     if not bool((objective.gram.diagonal() > 0).any()):  # no input ever changed: nothing but magnitude is known
@@ -45,7 +50,7 @@ def admm(problem: Problem) -> Solution:
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # missing from torch's list of names
             continue
         solution = refit(objective, weight, mask, start=start, damping=damping, shared=problem.shared)
-        return replace(solution, iterations=len(PULLS) * STEPS)
+        return replace(solution, iterations=PULLS * STEPS)
     return refit(objective, weight, problem.project(weight), shared=problem.shared)
 
 
@@ -83,35 +88,42 @@ def _alternate(problem: Problem, ideal: Tensor, mask: Tensor, matrix: Tensor, da
     Returns:
         The last mask and Z, (O, K) float32.
     """
-    held = ideal * mask
+    held = keep(ideal, mask)
     unmet = torch.zeros_like(ideal)
-    past = PULLS[0]
-    for pull in PULLS:
-        response = problem.shared.get(f"admm: {damping}, {pull}", partial(_response, matrix, pull))
-        unmet *= past / pull
-        past = pull
+    responses = problem.shared.get(f"admm: responses {damping}", partial(_responses, matrix))
+    for response in responses:
         for _ in range(STEPS):
             moved = held.sub_(unmet).sub_(ideal).to(response.dtype) @ response
             pulled = moved.float().add_(ideal).add_(unmet)
             mask = problem.project(pulled)
-            held = pulled * mask
+            held = keep(pulled, mask)
             unmet = pulled.sub_(held)
+        unmet /= _GROWTH  # what is unmet is counted in units of the pull
     return mask, held
 
 
-def _response(matrix: Tensor, pull: float) -> Tensor:
-    """What of a pull on one weight arrives at the others, in the dtype in which steps are multiplied."""
-    return _inverse(matrix, pull).mul_(pull).to(step_dtype(matrix.device))
+def _responses(matrix: Tensor) -> Tensor:
+    """What of each pull on one weight arrives at the others, rho (H + rho I)^-1, in the dtype that steps multiply in.
 
+    In the eigenvectors of H these are 1 / (1 + lambda / rho): over log rho a sigmoid, so nearly straight from one
+    inverse to the next that means of the two, within 0.016, serve for the pulls between them.
 
-def step_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where there are instructions for it: a search needs no more, and the fit after it is in float32."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # processors with AMX have it too; the public torch.cpu.get_capabilities is younger than the oldest PyTorch
-        native = torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    Args:
+        matrix: (K, K) float32, H.
+
+    Returns:
+        (pulls, K, K), by growing pull.
+    """
+    responses = torch.empty(PULLS, *matrix.shape, dtype=step_dtype(matrix.device), device=matrix.device)
+    weaker = torch.empty(0)
+    for number in range(0, PULLS, _INVERTED):
+        pull = _WEAKEST * _GROWTH**number
+        stronger = _inverse(matrix, pull).mul_(pull)
+        responses[number] = stronger
+        for step in range(1, _INVERTED if number > 0 else 1):
+            responses[number - step] = torch.lerp(stronger, weaker, step / _INVERTED)
+        weaker = stronger
+    return responses
 
 
 def _damped(matrix: Tensor, ridge: float) -> Tensor:

@@ -10,7 +10,8 @@ than before.
 - Transposable patterns: that table only tells which channels a group should be tried with. These get their exact masks,
   and the assignment is made among them.
 
-Channel permutation for N:M is due to Pool and Yu 2021, who swap pairs of channels.
+Channel permutation for N:M is due to Pool and Yu 2021, who swap pairs of channels. The assignment is that of Jonker and
+Volgenant 1987: rows that bid for columns, then shortest augmenting paths for those left over.
 
 Shape legend: R = rows (outputs, one set for each kernel position), C = channels, M = group size, G = groups.
 """
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tnm_pipeline.training.layout import pad_to_multiple
-from tnm_pipeline.training.masks import solve
+from tnm_pipeline.training.masks import keep, solve
 from tnm_pipeline.training.masks.jit import call, compiled
 from tnm_pipeline.training.pattern import Pattern
 
@@ -33,6 +34,7 @@ _CANDIDATES = 8  # per group, of a transposable pattern; 16 gain a tenth more in
 _WEIGHTS_AT_ONCE = 1 << 22  # of blocks that are tried: 16 MB
 _PATIENCE = 10  # sweeps without a gain before the search starts anew from a random order
 _LEAST_GAIN = 1e-6  # relative; float32 sums cannot tell less
+_ROUNDS = 10  # of bids; more leave fewer paths, and gain nothing
 
 _Floats = npt.NDArray[np.float32]
 _Doubles = npt.NDArray[np.float64]
@@ -92,7 +94,7 @@ def search_order(
 
 
 def _stacked(importances: Sequence[Tensor], channels: int, pattern: Pattern) -> _Floats:
-    """All kernel positions of all layers below each other: (R, C), strips of M rows of one position each."""
+    """All kernel positions of all layers side by side: (C, R), M rows of one position after the other."""
     if channels % pattern.m:
         raise ValueError(f"{channels} channels are not a multiple of {pattern.m}: no group of {pattern} fits")
     parts: list[Tensor] = []
@@ -103,18 +105,18 @@ def _stacked(importances: Sequence[Tensor], channels: int, pattern: Pattern) -> 
         if not bool(torch.isfinite(matrix).all()) or bool((matrix < 0).any()):
             raise ValueError("an importance has negative, NaN or Inf entries: give magnitudes")
         rowwise = matrix.float() if not pattern.transposable else pad_to_multiple(matrix.float(), pattern.m)
-        parts.append(rowwise.reshape(len(rowwise), -1, channels).transpose(0, 1).reshape(-1, channels))
+        parts.append(rowwise.reshape(len(rowwise), -1, channels).transpose(0, 1).reshape(-1, channels).T)
     if not parts:
         raise ValueError("there is no importance to search an order for: give one of at least one layer")
-    stacked: _Floats = torch.cat(parts).cpu().contiguous().numpy()
+    stacked: _Floats = torch.cat(parts, 1).cpu().contiguous().numpy()
     return stacked
 
 
 def _kept(matrix: _Floats, order: _Integers, pattern: Pattern) -> float:
     """The share that the best mask keeps."""
-    ordered = torch.from_numpy(matrix[:, order])
+    ordered = torch.from_numpy(matrix[order]).T
     total = float(ordered.sum(dtype=torch.float64))
-    return float(torch.where(solve(ordered, pattern), ordered, 0).sum(dtype=torch.float64)) / total if total else 1.0
+    return float(keep(ordered, solve(ordered, pattern)).sum(dtype=torch.float64)) / total if total else 1.0
 
 
 def _sweep(
@@ -142,17 +144,17 @@ def _table(matrix: _Floats, order: _Integers, groups: _Integers, places: _Intege
     """What each group keeps with each of the channels taken out: (G, G), at the diagonal with its own."""
     members = order.reshape(-1, pattern.m)[groups]
     taken = members[np.arange(len(groups)), places]
-    offered = np.ascontiguousarray(matrix[:, taken])
+    offered = np.ascontiguousarray(matrix[taken].T)
     table = np.empty((len(groups), len(groups)))
     call(rowwise_table, "channel permutation", matrix, members, places, offered, pattern.n, table)
-    return _tried(matrix, members, places, offered, pattern, table) if pattern.transposable else table
+    return _tried(matrix, members, places, taken, pattern, table) if pattern.transposable else table
 
 
 def _tried(
-    matrix: _Floats, members: _Integers, places: _Integers, offered: _Floats, pattern: Pattern, guide: _Doubles
+    matrix: _Floats, members: _Integers, places: _Integers, taken: _Integers, pattern: Pattern, guide: _Doubles
 ) -> _Doubles:
     """The table of a transposable pattern where the guide advises a try, and minus infinity elsewhere."""
-    rows, count = offered.shape
+    count, rows = len(members), matrix.shape[1]
     advice = guide - guide.mean(0)  # heavy channels would be everybody's first choice
     np.fill_diagonal(advice, np.inf)
     tries = min(count, _CANDIDATES + 1)
@@ -161,13 +163,12 @@ def _tried(
     at_once = max(1, _WEIGHTS_AT_ONCE // (rows * tries * pattern.m))
     for first in range(0, count, at_once):
         part = slice(first, first + at_once)
-        blocks = np.repeat(matrix[:, members[part]][:, :, None], tries, axis=2)  # (R, groups, tries, M)
-        own = np.arange(blocks.shape[1])
-        blocks[:, own[:, None], np.arange(tries), places[part, None]] = offered[:, candidates[part]]
-        weights = blocks.reshape(rows, -1)
-        kept = np.empty(weights.shape[1], np.float32)
-        call(sum_kept, "kept weights", weights, solve(torch.from_numpy(weights), pattern).numpy(), kept)
-        table[first + own[:, None], candidates[part]] = kept.reshape(-1, tries, pattern.m).sum(2, dtype=np.float64)
+        groups = np.repeat(members[part][:, None], tries, axis=1)  # (groups, tries, M)
+        own = np.arange(len(groups))[:, None]
+        groups[own, np.arange(tries), places[part, None]] = taken[candidates[part]]
+        weights = torch.from_numpy(matrix[groups.reshape(-1)])
+        kept = keep(weights, solve(weights, pattern)).sum(1).view(groups.shape).sum(2, dtype=torch.float64)
+        table[first + own, candidates[part]] = kept.numpy()
     return table
 
 
@@ -178,35 +179,33 @@ def rowwise_table(
     """What each group keeps, row by row, with each of the channels offered in place of one of its own.
 
     Args:
-        matrix: (R, C), not negative.
+        matrix: (C, R), not negative.
         members: (G, M), the channels of each group.
         places: (G,), which of them is replaced.
-        offered: (R, J), columns of the matrix.
+        offered: (R, J), channels of the matrix, transposed.
         n: weights kept in every row of a group.
         table: (G, J), overwritten.
     """
     rows, count = offered.shape
-    m = members.shape[1]
-    largest = np.empty(m, np.float32)  # of a row, in descending order, from place 1 on
-    limit = np.empty(rows, np.float32)
+    largest = np.empty((n, rows), np.float32)  # of what a group has left, in descending order
     excess = np.empty(count, np.float32)
     zero = np.float32(0)
     for g in range(len(members)):
+        largest[:] = 0
+        for k in range(members.shape[1]):
+            if k != places[g]:
+                channel = members[g, k]
+                for r in range(rows):
+                    weight = matrix[channel, r]
+                    for rank in range(n):
+                        above = largest[rank, r]
+                        largest[rank, r] = max(above, weight)
+                        weight = min(above, weight)
         kept = 0.0
-        for r in range(rows):
-            filled = 0
-            for k in range(m):
-                if k != places[g]:
-                    weight = matrix[r, members[g, k]]
-                    at = filled
-                    while at > 0 and largest[at - 1] < weight:
-                        largest[at] = largest[at - 1]
-                        at -= 1
-                    largest[at] = weight
-                    filled += 1
-            for k in range(n):
-                kept += largest[k]
-            limit[r] = largest[n - 1]
+        for rank in range(n):
+            for r in range(rows):
+                kept += largest[rank, r]
+        limit = largest[n - 1]
         excess[:] = 0
         paired = rows - rows % 2
         for r in range(0, paired, 2):  # two rows at a time: half the traffic to `excess`
@@ -221,73 +220,129 @@ def rowwise_table(
 
 
 @compiled
-def sum_kept(weights: _Floats, mask: npt.NDArray[np.bool_], kept: _Floats) -> None:
-    """Add up the kept weights of each column, row after row.
-
-    Args:
-        weights: (R, J).
-        mask: (R, J), `True` = kept.
-        kept: (J,), overwritten.
-    """
-    kept[:] = 0
-    for r in range(len(weights)):
-        for j in range(len(kept)):
-            kept[j] += weights[r, j] * mask[r, j]
-
-
-@compiled
 def assign(gain: _Doubles, column_of: _Integers) -> None:
-    """Give each row its own column so that the sum of the gains is largest: shortest augmenting paths, O(n^3).
+    """Give each row its own column so that the sum of the gains is largest, O(n^3).
+
+    Prices of columns, and the most that each row gains beyond a price, are the dual: it is feasible all the way, and a
+    row holds only a column that it gains the most with.
 
     Args:
         gain: (n, n), finite on some full assignment, minus infinity for what is forbidden.
         column_of: (n,), overwritten: the column of each row.
     """
     count = len(gain)
-    price = np.empty(count)  # of the columns: no row gains more than the price anywhere
-    row_of = np.full(count, -1)
+    price, row_of = np.full(count, -np.inf), np.full(count, -1)
     column_of[:] = -1
-    for j in range(count):
-        best = 0
-        for i in range(count):
-            if gain[i, j] > gain[best, j]:
-                best = i
-        price[j] = gain[best, j]
-        if column_of[best] < 0:
-            column_of[best], row_of[j] = j, best
-    distance = np.empty(count)
-    before = np.empty(count, np.int64)
-    done = np.empty(count, np.bool_)
-    passed = np.empty(count, np.int64)
-    for start in range(count):
-        if column_of[start] >= 0:
+    waiting = np.arange(count)
+    for i in range(count):
+        for j in range(count):
+            price[j] = max(price[j], gain[i, j])
+    left = count
+    for _ in range(_ROUNDS):
+        left = bid(gain, price, row_of, column_of, waiting, left)
+    for k in range(left):
+        augment(gain, price, row_of, column_of, waiting[k])
+
+
+@compiled
+def bid(
+    gain: _Doubles, price: _Doubles, row_of: _Integers, column_of: _Integers, waiting: _Integers, count: int
+) -> int:
+    """Let rows without a column take their best one, at the price that makes it no better than their second.
+
+    A row that loses its column to a higher price bids at once; if the price stayed, it waits for the next round.
+
+    Args:
+        gain: as of `assign`.
+        price: (n,), of the columns; changed.
+        row_of: (n,), of each column, -1 = none; changed.
+        column_of: (n,), the other way round; changed.
+        waiting: (n,), the rows without a column first; changed.
+        count: of them.
+
+    Returns:
+        How many rows are without a column now.
+    """
+    left = at = 0
+    most = len(gain)  # bids that follow at once: prices may rise by little, for long
+    while at < count:
+        row = waiting[at]
+        at += 1
+        first = second = -np.inf
+        best = other = -1
+        for j in range(len(gain)):
+            value = gain[row, j] - price[j]
+            if value > second:
+                if value > first:
+                    second, other, first, best = first, best, value, j
+                else:
+                    second, other = value, j
+        if second == -np.inf:  # the only column that it may have: no price is too high
+            waiting[left] = row
+            left += 1
             continue
-        done[:] = False
-        distance[:] = np.inf
-        row, length, steps, column = start, 0.0, 0, -1
-        while True:
-            cost = length - (price[column_of[row]] - gain[row, column_of[row]] if column_of[row] >= 0 else 0.0)
-            column = -1
-            for j in range(count):
-                if not done[j]:
-                    there = cost + price[j] - gain[row, j]
-                    if there < distance[j]:
-                        distance[j], before[j] = there, row
-                    if column < 0 or distance[j] < distance[column]:
-                        column = j
-            length = distance[column]
-            done[column] = True
-            if row_of[column] < 0:
-                break
-            passed[steps] = column
-            steps += 1
-            row = row_of[column]
-        for k in range(steps):
-            price[passed[k]] += length - distance[passed[k]]
-        row = -1
-        while row != start:
-            row = before[column]
-            row_of[column] = row
-            left = column_of[row]
-            column_of[row] = column
-            column = left
+        raised = first > second
+        if raised:
+            price[best] += first - second
+        elif row_of[best] >= 0:
+            best = other
+        pushed = row_of[best]
+        column_of[row], row_of[best] = best, row
+        if pushed >= 0:
+            column_of[pushed] = -1
+            if raised and most > 0:
+                most -= 1
+                at -= 1
+                waiting[at] = pushed
+            else:
+                waiting[left] = pushed
+                left += 1
+    return left
+
+
+@compiled
+def augment(gain: _Doubles, price: _Doubles, row_of: _Integers, column_of: _Integers, start: int) -> None:
+    """Give a row a column along the shortest path on which others change theirs, in the dual's slack.
+
+    Args:
+        gain: as of `assign`.
+        price: (n,), of the columns; changed.
+        row_of: (n,), of each column, -1 = none; changed.
+        column_of: (n,), the other way round; changed.
+        start: the row.
+    """
+    count = len(gain)
+    distance = np.full(count, np.inf)
+    before = np.empty(count, np.int64)
+    done = np.zeros(count, np.bool_)
+    passed = np.empty(count, np.int64)
+    steps, length, row = 0, 0.0, start
+    worth = -np.inf
+    for j in range(count):
+        worth = max(worth, gain[start, j] - price[j])
+    while True:
+        column = -1
+        for j in range(count):
+            if not done[j]:
+                there = length + worth + price[j] - gain[row, j]
+                if there < distance[j]:
+                    distance[j], before[j] = there, row
+                if column < 0 or distance[j] < distance[column]:
+                    column = j
+        length = distance[column]
+        done[column] = True
+        if row_of[column] < 0:
+            break
+        passed[steps] = column
+        steps += 1
+        row = row_of[column]
+        worth = gain[row, column] - price[column]
+    for k in range(steps):
+        price[passed[k]] += length - distance[passed[k]]
+    row = -1
+    while row != start:
+        row = before[column]
+        row_of[column] = row
+        left = column_of[row]
+        column_of[row] = column
+        column = left

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tnm_pipeline.training.convert.admm import step_dtype
 from tnm_pipeline.training.convert.batch import Batch, head
 from tnm_pipeline.training.convert.calibration import prunable_layer
 from tnm_pipeline.training.convert.passes import Passes
 from tnm_pipeline.training.convert.schedule import Schedule
+from tnm_pipeline.training.convert.step_dtype import step_dtype
 
 _MOST_NOISE = 0.02  # of the inputs of any layer: its square is little beside that of an error of a tenth
 _EXAMPLES = 2

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tnm_pipeline.training.convert.dataflow import held_tensor
 from tnm_pipeline.training.convert.heads import HeadPart, HeadSpace
-from tnm_pipeline.training.masks import solve
+from tnm_pipeline.training.masks import keep, solve
 from tnm_pipeline.training.pattern import Pattern
 
 _STEPS = 30  # of the alternation: docs/log.md
@@ -137,7 +137,7 @@ class _Side:
         by_channel = self._weight.T if self._axis else self._weight
         by_channel.index_copy_(0, self._rows, self._turned.flatten(0, 1))
         mask = solve(self._weight, self._pattern, importance=self._weight.square())
-        self._kept = self._turned * (mask.T if self._axis else mask)[self._rows].view_as(self._turned)
+        self._kept = keep(self._turned, (mask.T if self._axis else mask)[self._rows].view_as(self._turned))
         return float(self._kept.square().sum(dtype=torch.float64))
 
     def pull(self, boldness: float) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tnm_pipeline.training.layout import pad_to_multiple, to_gemm
+from tnm_pipeline.training.masks.keep import keep
 from tnm_pipeline.training.pattern import Pattern
 
 
@@ -55,7 +56,7 @@ def kept_magnitude(weight: Tensor, mask: Tensor) -> float:
     """
     magnitude = weight.detach().abs()
     total = float(magnitude.sum(dtype=torch.float64))
-    return float((magnitude * mask).sum(dtype=torch.float64)) / total if total else 1.0
+    return float(keep(magnitude, mask).sum(dtype=torch.float64)) / total if total else 1.0
 
 
 def _count_above(kept: Tensor | int, n: int) -> int:

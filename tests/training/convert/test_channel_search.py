@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # ships without types
 from torch import Tensor
 
-from tnm_pipeline.training.convert.channel_search import assign, rowwise_table, search_order, sum_kept
+from tnm_pipeline.training.convert.channel_search import assign, rowwise_table, search_order
 from tnm_pipeline.training.layout import to_gemm
 from tnm_pipeline.training.masks import kept_magnitude, solve
 from tnm_pipeline.training.pattern import Pattern
@@ -156,7 +157,7 @@ def test_the_table_is_what_rows_keep(rows: int, count: int, m: int, data: st.Dat
     places = generator.integers(0, m, count)
     offered = generator.integers(0, 9, (rows, 3)).astype(np.float32)
     table = np.empty((count, 3))
-    rowwise_table(matrix, members, places, offered, n, table)
+    rowwise_table(np.ascontiguousarray(matrix.T), members, places, offered, n, table)
     for g in range(count):
         for j in range(3):
             group = matrix[:, members[g]].copy()
@@ -177,9 +178,21 @@ def test_assignments_are_the_best_of_all(count: int, seed: int, forbid: bool) ->
     assert gain[np.arange(count), column_of].sum() == best
 
 
-def test_kept_weights_are_summed_by_column() -> None:
-    generator = np.random.default_rng(0)
-    matrix, mask = generator.random((7, 9), np.float32), generator.random((7, 9)) < 0.5
-    sums = np.empty(9, np.float32)
-    sum_kept(matrix, mask, sums)
-    np.testing.assert_allclose(sums, (matrix * mask).sum(0), rtol=1e-6)
+@pytest.mark.parametrize("kind", ["gaussian", "ties", "forbidden", "one for all", "sorted"])
+@pytest.mark.parametrize("count", [2, 7, 64, 200])
+def test_assignments_are_those_of_scipy(count: int, kind: str) -> None:
+    generator = np.random.default_rng(count)
+    gain = generator.standard_normal((count, count))
+    if kind == "ties":
+        gain = generator.integers(0, 3, (count, count)).astype(np.float64)
+    elif kind == "forbidden":
+        gain[(generator.random((count, count)) < 0.9) & ~np.eye(count, dtype=np.bool_)] = -np.inf
+    elif kind == "one for all":
+        gain[:, count // 2] += 100  # everybody's first choice
+    elif kind == "sorted":
+        gain = np.outer(np.arange(count), np.arange(count)).astype(np.float64)
+    column_of = np.empty(count, np.int64)
+    assign(gain.copy(), column_of)
+    best = gain[linear_sum_assignment(gain, maximize=True)].sum()
+    assert sorted(column_of.tolist()) == list(range(count))
+    assert gain[np.arange(count), column_of].sum() == pytest.approx(best, rel=1e-12)

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from math import inf
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tnm_pipeline.training.convert import conjugate_gradients
 from tnm_pipeline.training.convert import least_squares as module
 from tnm_pipeline.training.convert.least_squares import factor_rows, least_squares, refit
 from tnm_pipeline.training.convert.objective import Objective
@@ -180,3 +182,58 @@ def test_statistics_that_cannot_be_leave_the_masked_weights(inputs: int, share: 
     solution = least_squares(problem)
     assert solution.damping == inf
     assert torch.equal(solution.weight, torch.where(solution.mask, w, 0.0))
+
+
+def wide_layer(samples: int = 600, noise: float = 1.0) -> tuple[Objective, Tensor, Tensor]:
+    """An objective of inputs that are alike up to some noise, weights, and a mask of 2:4."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(samples, 24, generator=generator, dtype=torch.float64)
+    x = hidden @ torch.randn(24, WIDE, generator=generator, dtype=torch.float64)
+    x += noise * torch.randn(samples, WIDE, generator=generator, dtype=torch.float64)
+    w = torch.randn(16, WIDE, generator=generator, dtype=torch.float64)
+    return Objective.of(x, x @ w.T, w), w, solve(w, Pattern(2, 4))
+
+
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Have bfloat16; the dtypes of the matrices that are solved with, in their order."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    used: list[torch.dtype] = []
+    solve_rows = conjugate_gradients._solve
+
+    def watched(matrix: Tensor, *arguments: Any) -> Any:
+        used.append(matrix.dtype)
+        return solve_rows(matrix, *arguments)
+
+    monkeypatch.setattr(conjugate_gradients, "_solve", watched)
+    return used
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "dtype"), [(1e-2, torch.bfloat16), (1e-3, torch.bfloat16), (1e-4, torch.float32)]
+)
+def test_coarse_fits_take_rounded_steps_and_come_as_close(
+    rounding: list[torch.dtype], tolerance: float, dtype: torch.dtype
+) -> None:
+    x, t, w = layer(WIDE, 2 * WIDE, 16)
+    objective, mask = Objective.of(x, t, w), solve(w, Pattern(2, 4))
+    ridge = 1e-2 * objective.mean_diagonal
+    exact = factor_rows(objective, w, mask, ridge)
+    assert exact is not None
+    solution = refit(objective, w, mask, damping=1e-2, tolerance=tolerance)
+    assert rounding == [dtype]
+    least = penalised(objective, exact, w, ridge)
+    assert least < penalised(objective, solution.weight, w, ridge) <= least * (1 + 2 * tolerance)
+
+
+def test_rounded_steps_that_miss_their_claim_are_taken_again(
+    rounding: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs so alike that rounding the matrix changes the problem."""
+    objective, w, mask = wide_layer(noise=0.02)
+    solution = refit(objective, w, mask, damping=1e-5)
+    assert rounding == [torch.bfloat16, torch.float32]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    exact = refit(objective, w, mask, damping=1e-5)
+    assert solution.damping == exact.damping == 1e-5
+    assert torch.equal(solution.weight, exact.weight)

@@ -66,7 +66,7 @@ def _run(kernel: Callable[..., Any], matrix: Tensor, pattern: Pattern) -> tuple[
 
     shares = max(1, min(strips, matrix.numel() // _WEIGHTS_PER_SHARE))
     threads = min(torch.get_num_threads(), shares)
-    shares = min(shares, threads * _SHARES_PER_THREAD)
+    shares = min(shares, threads * _SHARES_PER_THREAD) if threads > 1 else 1
     bounds = [strips * share // shares for share in range(shares + 1)]
     left = iter(list(pairwise(bounds)))  # each thread takes the next share when it has done one
 
