@@ -8,7 +8,7 @@ import os
 import sys
 
 _ARENA_MAX, _MMAP_THRESHOLD = -8, -3  # M_ARENA_MAX and M_MMAP_THRESHOLD of <malloc.h>
-_LARGE = 4 << 20  # bytes
+_LARGE = 3 << 20  # bytes
 _SET_BY_USER = {"MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}
 
 

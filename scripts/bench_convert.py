@@ -120,7 +120,7 @@ def measure(case: Case, options: argparse.Namespace, *, speed_only: bool = False
             "efficientnet": ["--images", "16", "--layers", r"re:_blocks\.[2-5]\._(expand|project)_conv"],
         }[case.model]
     command += ["--speed-only"] if speed_only else []
-    alike = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(4 << 20)}
+    alike = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(3 << 20)}
     alike |= {"THP_MEM_ALLOC_ENABLE": "1", "MKL_DISABLE_FAST_MM": "1"}  # all as the command line has it
     done = subprocess.run(command, capture_output=True, text=True, env={**alike, **os.environ})  # noqa: S603  # own
     if done.returncode:

@@ -17,15 +17,18 @@ was tried.
 Shape legend: O = out features, K = reduction length of the GEMM matrix.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.least_squares import dampings, refit
 from tnm_pipeline.training.convert.problem import Problem, Solution
 from tnm_pipeline.training.convert.step_dtype import step_dtype
+from tnm_pipeline.training.convert.unit_diagonal import unit_diagonal
 from tnm_pipeline.training.masks import keep
 
 PULLS = 9  # their number; more of fewer steps find better masks
@@ -35,75 +38,113 @@ _GROWTH = (_STRONGEST / _WEAKEST) ** (1 / (PULLS - 1))
 _INVERTED = 4  # so-manieth pulls, the first and the last among them, have an inverse of their own
 
 
-def admm(problem: Problem) -> Solution:
+def admm(parts: Sequence[Problem], group: Group) -> list[Solution]:
     """Choose the mask by ADMM and fit what it keeps.
 
-    O(iterations O K^2), in bfloat16 where the processor has it, and three inverses, O(K^3), in float32; rows share the
-    inverses.
+    O(iterations O K^2), in bfloat16 where the processor has it, and three inverses, O(K^3), in float32. The parts step
+    together, so that no more than one of the pulls is in memory.
     """
-    objective, weight = problem.objective, problem.weight
-    if not bool((objective.gram.diagonal() > 0).any()):  # no input ever changed: nothing but magnitude is known
-        return refit(objective, weight, problem.project(weight), shared=problem.shared)
-    for damping in dampings(problem.damping, objective):
+    if not parts:
+        return []
+    layer = parts[0]  # the gram matrix and what depends on it are the same for all
+    if not bool((layer.objective.gram.diagonal() > 0).any()):  # no input ever changed: nothing but magnitude is known
+        return group.each(_by_magnitude, parts)
+    for damping in dampings(layer.damping, layer.objective):
         try:
-            mask, start = _search(problem, damping)
+            searches = _search(parts, damping, group)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # missing from torch's list of names
             continue
-        solution = refit(objective, weight, mask, start=start, damping=damping, shared=problem.shared)
-        return replace(solution, iterations=PULLS * STEPS)
-    return refit(objective, weight, problem.project(weight), shared=problem.shared)
+        return group.each(partial(_Search.fit, damping=damping), searches)
+    return group.each(_by_magnitude, parts)
 
 
-def _search(problem: Problem, damping: float) -> tuple[Tensor, Tensor]:
-    """The mask, and weights to start fitting it from.
+def _by_magnitude(problem: Problem) -> Solution:
+    return refit(problem.objective, problem.weight, problem.project(problem.weight), shared=problem.shared)
+
+
+def _search(parts: Sequence[Problem], damping: float, group: Group) -> list["_Search"]:
+    """Find the masks.
 
     Raises:
         torch.linalg.LinAlgError: the damped gram matrix is not positive definite.
     """
-    objective, shared = problem.objective, problem.shared
-    ridge = damping * objective.mean_diagonal
-    scale = shared.get(f"admm: scale {damping}", lambda: (objective.gram.diagonal() + ridge).sqrt())
-    matrix = shared.get(
-        f"admm: matrix {damping}", lambda: _damped(objective.gram, ridge).div_(scale).div_(scale[:, None]).float()
-    )
-    ideal = (objective.base * scale).float()
-    missing = (objective.residual_cross + ridge * (problem.weight - objective.base)) / scale
-    if bool(missing.any()):  # not where a dense layer is fitted to its own inputs
-        inverse = shared.get(f"admm: inverse {damping}", lambda: _inverse(matrix, 0.0))
-        ideal.addmm_(missing.float(), inverse)
-    mask, held = _alternate(problem, ideal, problem.project(problem.weight * scale), matrix, damping)
-    return mask, held.double() / scale
+    gram, shared = parts[0].objective.gram, parts[0].shared
+    ridge = damping * parts[0].objective.mean_diagonal
+    diagonal = gram.diagonal() + ridge
+    if not bool((diagonal > 0).all()):
+        raise torch.linalg.LinAlgError("the damped diagonal is not positive")  # type: ignore[attr-defined]
+    scale = diagonal.sqrt()
+    matrix = shared.get(f"unit diagonal, {ridge}", lambda: unit_diagonal(gram, ridge))
+    searches = group.each(partial(_Search, ridge=ridge, scale=scale), parts)
+    if any(one.begins_off_its_minimum for one in searches):
+        group.each(partial(_Search.move_to_minimum, inverse=_inverse(matrix, 0.0)), searches)
+    for response in _responses(matrix):
+        group.each(partial(_Search.pull, response=response), searches)
+    return searches
 
 
-def _alternate(problem: Problem, ideal: Tensor, mask: Tensor, matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The iteration, in units in which the matrix has a unit diagonal.
+class _Search:
+    """The iteration on some rows, in units in which H has a unit diagonal: (O, K) float32 each.
 
-    Args:
-        problem: gives the projection, and holds the inverses that its rows share.
-        ideal: (O, K) float32, W*.
-        mask: (O, K) bool, to start from.
-        matrix: (K, K) float32, H.
-        damping: in it, which the names of what is shared tell apart.
-
-    Returns:
-        The last mask and Z, (O, K) float32.
+    Attributes:
+        mask: of the last step, bool.
     """
-    held = keep(ideal, mask)
-    unmet = torch.zeros_like(ideal)
-    responses = problem.shared.get(f"admm: responses {damping}", partial(_responses, matrix))
-    for response in responses:
+
+    def __init__(self, problem: Problem, ridge: float, scale: Tensor) -> None:
+        """Start at the base, under the mask of the weights.
+
+        Args:
+            problem: the rows.
+            ridge: absolute damping.
+            scale: (K,), the units.
+        """
+        objective = problem.objective
+        self._problem, self._scale = problem, scale
+        self._ideal = (objective.base * scale).float()
+        # minus half of the gradient there
+        self._slope = ((objective.residual_cross + ridge * (problem.weight - objective.base)) / scale).float()
+        self.mask = problem.project(problem.weight * scale)
+        self._held = keep(self._ideal, self.mask)
+        self._unmet = torch.zeros_like(self._ideal)
+
+    @property
+    def begins_off_its_minimum(self) -> bool:
+        """False where a dense layer is fitted to its own inputs."""
+        return bool(self._slope.any())
+
+    def move_to_minimum(self, inverse: Tensor) -> None:
+        """Start at W* instead.
+
+        Args:
+            inverse: (K, K) float32, of H.
+        """
+        self._ideal.addmm_(self._slope, inverse)
+        self._held = keep(self._ideal, self.mask)
+
+    def pull(self, response: Tensor) -> None:
+        """Take the steps of one pull, the last one's plus one factor.
+
+        Args:
+            response: (K, K), its matrix of `_responses`.
+        """
         for _ in range(STEPS):
-            moved = held.sub_(unmet).sub_(ideal).to(response.dtype) @ response
-            pulled = moved.float().add_(ideal).add_(unmet)
-            mask = problem.project(pulled)
-            held = keep(pulled, mask)
-            unmet = pulled.sub_(held)
-        unmet /= _GROWTH  # what is unmet is counted in units of the pull
-    return mask, held
+            moved = self._held.sub_(self._unmet).sub_(self._ideal).to(response.dtype) @ response
+            pulled = moved.float().add_(self._ideal).add_(self._unmet)
+            self.mask = self._problem.project(pulled)
+            self._held = keep(pulled, self.mask)
+            self._unmet = pulled.sub_(self._held)
+        self._unmet /= _GROWTH  # what is unmet is counted in units of the pull
+
+    def fit(self, damping: float) -> Solution:
+        """The best weights for the mask, found from those that the search holds."""
+        problem, start = self._problem, self._held.double().div_(self._scale)
+        objective, weight, shared = problem.objective, problem.weight, problem.shared
+        solution = refit(objective, weight, self.mask, start=start, damping=damping, shared=shared)
+        return replace(solution, iterations=PULLS * STEPS)
 
 
-def _responses(matrix: Tensor) -> Tensor:
-    """What of each pull on one weight arrives at the others, rho (H + rho I)^-1, in the dtype that steps multiply in.
+def _responses(matrix: Tensor) -> Iterator[Tensor]:
+    """What of each pull on one weight arrives at the others, rho (H + rho I)^-1, by growing pull.
 
     In the eigenvectors of H these are 1 / (1 + lambda / rho): over log rho a sigmoid, so nearly straight from one
     inverse to the next that means of the two, within 0.016, serve for the pulls between them.
@@ -111,27 +152,29 @@ def _responses(matrix: Tensor) -> Tensor:
     Args:
         matrix: (K, K) float32, H.
 
-    Returns:
-        (pulls, K, K), by growing pull.
+    Yields:
+        (K, K), in the dtype that steps multiply in.
     """
-    responses = torch.empty(PULLS, *matrix.shape, dtype=step_dtype(matrix.device), device=matrix.device)
-    weaker = torch.empty(0)
-    for number in range(0, PULLS, _INVERTED):
-        pull = _WEAKEST * _GROWTH**number
-        stronger = _inverse(matrix, pull).mul_(pull)
-        responses[number] = stronger
-        for step in range(1, _INVERTED if number > 0 else 1):
-            responses[number - step] = torch.lerp(stronger, weaker, step / _INVERTED)
-        weaker = stronger
-    return responses
+    dtype = step_dtype(matrix.device)
+    weaker = stronger = _response(matrix, 0)
+    for number in range(PULLS):
+        step = number % _INVERTED
+        if step == 0:
+            weaker = stronger
+            yield weaker.to(dtype)
+            stronger = _response(matrix, number + _INVERTED) if number + _INVERTED < PULLS else stronger
+        else:
+            yield torch.lerp(weaker, stronger, step / _INVERTED).to(dtype)
 
 
-def _damped(matrix: Tensor, ridge: float) -> Tensor:
-    damped = matrix.clone()
-    damped.diagonal().add_(ridge)
-    return damped
+def _response(matrix: Tensor, number: int) -> Tensor:
+    """The response to a pull that has an inverse of its own: (K, K) float32."""
+    pull = _WEAKEST * _GROWTH**number
+    return _inverse(matrix, pull).mul_(pull)
 
 
 def _inverse(matrix: Tensor, ridge: float) -> Tensor:
     """The inverse of matrix + ridge I, same dtype."""
-    return torch.cholesky_inverse(torch.linalg.cholesky(_damped(matrix, ridge)))
+    damped = matrix.clone()
+    damped.diagonal().add_(ridge)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))

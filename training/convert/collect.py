@@ -66,7 +66,7 @@ class Grams:
 
     Attributes:
         dense: of all batches.
-        half: of those of half 0; `None` if they have all rows, or none.
+        half: of those of half 0, its matrix in float32; `None` if they have all rows, or none.
         sparse: of all batches.
     """
 
@@ -138,6 +138,7 @@ class Collector:
         whole, half = self._grams.dense, self._grams.half
         if half is None:
             return None
+        half = half._replace(gram=half.gram.double())
         rest = Sums(whole.gram - half.gram, whole.inputs - half.inputs, whole.samples - half.samples)
         return half.objective(self._base[:outputs]), rest.objective(self._base[:outputs])
 
@@ -202,6 +203,7 @@ class Collector:
         dense = total("dense", seen if half is None else second, rows if half is None else rows - count)
         if half is not None:
             dense = Sums(dense.gram.add_(half.gram), dense.inputs.add_(half.inputs), rows)
+            half = half._replace(gram=half.gram.float())  # a trial needs no more
         return Grams(dense, half, total("sparse", seen, rows) if self._sequential else dense)
 
     def _rows(self, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen], every: int) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.problem import Shared
 from tnm_pipeline.training.convert.step_dtype import step_dtype
+from tnm_pipeline.training.convert.unit_diagonal import unit_diagonal
 from tnm_pipeline.training.masks import keep
 
 _COARSE = 1e-3  # tolerance from which on steps may be rounded
@@ -72,13 +73,13 @@ def descend(
     unit = float(gradient.abs().max()) or 1.0
     error = float(((product - 2 * objective.residual_cross) * change).sum() + objective.residual_squares.sum())
     error += ridge * float((start - weight).square().sum())
-    matrix = shared.get(f"conjugate gradients: {ridge}", lambda: _unit_diagonal(objective.gram, scale))
+    matrix = shared.get(f"unit diagonal, {ridge}", lambda: unit_diagonal(objective.gram, ridge))
     least = _PERFECT * objective.target_square
     residual, kept = (gradient / unit).float(), mask.view(torch.uint8).float()
     goal = tolerance, error / unit**2, least / unit**2
     short, solved = step_dtype(matrix.device), None
     if tolerance >= _COARSE and short != matrix.dtype:
-        rounded = shared.get(f"conjugate gradients: {ridge}, rounded", lambda: matrix.to(short))
+        rounded = shared.get(f"unit diagonal, {ridge}, rounded", lambda: matrix.to(short))
         solved = _solve(rounded, residual, kept, *goal)
         if solved is not None and not _gains_its_claim(matrix, residual, solved, tolerance * goal[1]):
             solved = None
@@ -106,13 +107,6 @@ def _gains_its_claim(matrix: Tensor, residual: Tensor, solved: _Solved, toleranc
     gains = torch.linalg.vecdot((2 * residual[::_EVERY]).sub_(weight @ matrix), weight)
     missed = (gains - solved.gains[::_EVERY]).abs().mean() * len(residual)
     return float(missed) <= tolerance
-
-
-def _unit_diagonal(gram: Tensor, scale: Tensor) -> Tensor:
-    """The damped gram matrix between two diagonal ones that make its diagonal 1: float32."""
-    matrix = (gram * scale[:, None]).mul_(scale).float()
-    matrix.diagonal().fill_(1.0)
-    return matrix
 
 
 def _solve(

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from tnm_pipeline.training.convert.bias import best_shift
 from tnm_pipeline.training.convert.least_squares import refit
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.problem import DAMPING
@@ -56,17 +57,21 @@ class Trial:
         halves = self.halves()
         if halves is None:
             return DAMPING
-        fitted, tested = (half.centred() if self.centred else half for half in halves)
+        fitted, tested = halves
+        if self.centred:
+            fitted = fitted.centred()
         del halves  # sums of a wide layer are large
-        norms = (fitted.gram.diagonal() + tested.gram.diagonal()).clamp(min=0.0).sqrt()
+        diagonal = tested.centred_diagonal if self.centred else tested.gram.diagonal()
+        norms = (fitted.gram.diagonal() + diagonal).clamp(min=0.0).sqrt()
         mask = solve(self.weight, self.pattern, self.solver, self.weight.abs() * norms)
-        scale = fitted.target_squares + tested.target_squares
+        scale = fitted.target_squares + (tested.centred_target_squares if self.centred else tested.target_squares)
 
         @cache
         def error(index: int) -> float:
             fit = refit(fitted, self.weight, mask, damping=_HALF * GRID[index], tolerance=_TOLERANCE)
             # every output counts alike
-            return float(torch.where(scale > 0, tested.squared_errors(fit.weight) / scale, 0.0).sum())
+            shift = best_shift(tested, fit.weight) if self.centred else None
+            return float(torch.where(scale > 0, tested.squared_errors(fit.weight, shift) / scale, 0.0).sum())
 
         return GRID[_lowest(error, GRID.index(DAMPING), len(GRID))]
 

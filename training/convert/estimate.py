@@ -60,7 +60,7 @@ def estimate_fitted(
     trial = Trial(halves, old[:TRIED], pattern, "exact", centred=shifts)
     problem = Problem(fitted.centred() if shifts else fitted, old, pattern, choose_damping=trial.best)
     parts = [problem.rows(part) for part in pieces(len(weight), pattern)]
-    return estimate_weight(tested, torch.cat([one.weight for one in group.each(admm, parts)]), repair)
+    return estimate_weight(tested, torch.cat([one.weight for one in admm(parts, group)]), repair)
 
 
 def estimate_weight(objective: Objective, weight: Tensor, repair: Repair) -> Estimate:

@@ -108,8 +108,8 @@ def convert_layer(
 def _solve(problem: Problem, method: Method, group: Group) -> Solution:
     """Share the rows out in pieces that do not depend on the number of workers, and put the solution together."""
     parts = [problem.rows(part) for part in pieces(len(problem.weight), problem.pattern)]
-    mine = list(group.mine(len(parts)))
-    solved = dict(zip(mine, group.each(lambda index: method(parts[index]), mine), strict=True))
+    mine = group.mine(len(parts))
+    solved = dict(zip(mine, method([parts[index] for index in mine], group), strict=True))
 
     def gathered(pieces: dict[int, Tensor]) -> Tensor:
         return torch.cat(group.exchange([pieces.get(index) for index in range(len(parts))]))

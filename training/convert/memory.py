@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tnm_pipeline.training.convert.admm import PULLS
 from tnm_pipeline.training.convert.batch import Batch, forward, head, tensors_of
 from tnm_pipeline.training.convert.calibration import evaluating, model_errors, prunable_layer
 from tnm_pipeline.training.convert.least_squares import MOST_KEPT_FOR_CHOLESKY
@@ -27,7 +26,6 @@ from tnm_pipeline.training.convert.plan import Plan
 from tnm_pipeline.training.convert.precision import prefers_bfloat16
 from tnm_pipeline.training.convert.problem import ROWS_AT_ONCE
 from tnm_pipeline.training.convert.schedule import schedule
-from tnm_pipeline.training.convert.step_dtype import step_dtype
 from tnm_pipeline.training.convert.sums import COLUMNS_AT_ONCE
 from tnm_pipeline.training.layout import to_gemm
 from tnm_pipeline.training.pattern import Pattern
@@ -238,11 +236,10 @@ def _collecting(
 def _solving(layer: nn.Linear | nn.Conv2d, pattern: Pattern, *, sequential: bool, workers: int) -> float:
     """Bytes of a layer's sums and of what ADMM makes of them."""
     rows, columns = to_gemm(layer.weight).shape
-    # own, sequential and blended objectives and a half, lags; in double precision one that is scaled, in single
-    # precision it, an inverse and that of the fit; responses to the pulls
-    squares = 6.0 if sequential and columns <= rows else 4.0 if sequential else 3.0
-    squares += 2.5 + PULLS * step_dtype(layer.weight.device).itemsize / _DOUBLE
-    rectangles = 6.5 if sequential else 5.2
+    # own, sequential and blended objectives, lags, a half in single precision; while damping is tried, that half, the
+    # other and a centred one, or in a search, in single precision, the matrix, two inverses, a third and its factor
+    squares = (5.0 if sequential and columns <= rows else 3.0 if sequential else 2.0) + 0.5 + 3.0
+    rectangles = 7.9 if sequential else 6.1
     most = columns * pattern.density
     factored = _FACTORED * most**2 if most <= MOST_KEPT_FOR_CHOLESKY else 0.0
     pieces = workers * min(rows, ROWS_AT_ONCE) * (_ROWS * columns + factored)

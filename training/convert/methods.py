@@ -6,16 +6,16 @@ from tnm_pipeline.training.convert.adaprune import adaprune
 from tnm_pipeline.training.convert.admm import admm
 from tnm_pipeline.training.convert.least_squares import least_squares
 from tnm_pipeline.training.convert.magnitude import magnitude
-from tnm_pipeline.training.convert.problem import Method
+from tnm_pipeline.training.convert.problem import Method, part_by_part
 from tnm_pipeline.training.convert.sparsegpt import sparsegpt
 from tnm_pipeline.training.pattern import Pattern
 
 METHODS: dict[str, Method] = {
     "admm": admm,
-    "least-squares": least_squares,
-    "sparsegpt": sparsegpt,
-    "adaprune": adaprune,
-    "magnitude": magnitude,
+    "least-squares": part_by_part(least_squares),
+    "sparsegpt": part_by_part(sparsegpt),
+    "adaprune": part_by_part(adaprune),
+    "magnitude": part_by_part(magnitude),
 }
 ROW_WISE_ONLY = frozenset({"sparsegpt"})
 """Methods whose masks cannot follow a transposable pattern."""

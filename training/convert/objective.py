@@ -87,10 +87,8 @@ class Objective:
     def centred(self) -> "Objective":
         """The objective over x - mean(x) and t - mean(t): what is left to W' when the bias is always the best one."""
         mean_input = self.input_sum / self.samples
-        target_sum = self.residual_sum + self.base @ self.input_sum
         gram = torch.addr(self.gram, self.input_sum, mean_input, alpha=-1)
-        # what is left of an input that never changes is rounding
-        changes = gram.diagonal() > _ROUNDING * self.gram.diagonal()
+        changes = self.centred_diagonal > 0
         gram.mul_(changes).mul_(changes[:, None])
         return replace(
             self,
@@ -99,8 +97,22 @@ class Objective:
             input_sum=torch.zeros_like(self.input_sum),
             residual_sum=torch.zeros_like(self.residual_sum),
             residual_squares=(self.residual_squares - self.residual_sum.square() / self.samples).clamp_min_(0.0),
-            target_squares=(self.target_squares - target_sum.square() / self.samples).clamp_min_(0.0),
+            target_squares=self.centred_target_squares,
         )
+
+    @property
+    def centred_diagonal(self) -> Tensor:
+        """(K,) float64, the diagonal of the gram matrix of x - mean(x)."""
+        diagonal = self.gram.diagonal()
+        centred = diagonal - self.input_sum.square() / self.samples
+        # what is left of an input that never changes is rounding
+        return torch.where(centred > _ROUNDING * diagonal, centred, 0.0)
+
+    @property
+    def centred_target_squares(self) -> Tensor:
+        """(O,) float64, ||T - mean(T)||^2 of each output."""
+        target_sum = self.residual_sum + self.base @ self.input_sum
+        return (self.target_squares - target_sum.square() / self.samples).clamp_min_(0.0)
 
     def blended(self, other: "Objective", share: float) -> "Objective":
         """(1 - share) of this objective and `share` of another one of as many samples, around the same base.

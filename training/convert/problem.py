@@ -4,12 +4,13 @@ Shape legend: O = out features (or some rows of them), K = reduction length of t
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.masks import Solver, solve
 from tnm_pipeline.training.pattern import Pattern
@@ -103,5 +104,13 @@ class Solution:
     iterations: int = 0
 
 
-Method = Callable[[Problem], Solution]
-"""A conversion method. It depends on nothing but the problem: the same rows give the same bits on any worker."""
+Method = Callable[[Sequence[Problem], Group], list[Solution]]
+"""A conversion method: the rows of a layer in parts, whose work the group's threads may share.
+
+It depends on nothing but the problem: the same rows give the same bits on any worker.
+"""
+
+
+def part_by_part(solve_rows: Callable[[Problem], Solution]) -> Method:
+    """The method that solves each part for itself."""
+    return lambda parts, group: group.each(solve_rows, parts)

@@ -6,8 +6,8 @@ int64.
 """
 
 import threading
-from collections.abc import Iterable
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from math import frexp
 
 import torch
@@ -56,6 +56,17 @@ class ExactSum:
         """The sum over all processes of the group: float64."""
         return group.add(self._total).double().mul_(2.0**-self._exponent)
 
+    def parts(self, group: Group, bounds: Sequence[int]) -> Iterator[Tensor]:
+        """The same, flat and piece by piece, so that it is not in memory twice.
+
+        Args:
+            group: the processes.
+            bounds: the first entry of each piece, and the number of all entries.
+        """
+        total = group.add(self._total).flatten()
+        for first, last in pairwise(bounds):
+            yield total[first:last].double().mul_(2.0**-self._exponent)
+
 
 class ExactGram:
     """Adds X^T X in fixed point, blocks on and above the diagonal only: half of the products, sums and memory."""
@@ -85,9 +96,8 @@ class ExactGram:
 
     def total(self, group: Group) -> Tensor:
         """The sum over all processes of the group: (K, K) float64."""
-        blocks = self._sum.total(group).tensor_split(self._first[1:-1])
         gram = torch.empty(self._width, self._width, dtype=torch.float64, device=self._device)
-        for part, flat in zip(self._columns, blocks, strict=True):
+        for part, flat in zip(self._columns, self._sum.parts(group, self._first), strict=True):
             block = flat.view(part.stop, -1)
             gram[: part.stop, part] = block
             gram[part, : part.start] = block[: part.start].T

@@ -27,6 +27,8 @@ from tnm_pipeline.training.convert.residual import Residual, find_residual
 from tnm_pipeline.training.convert.result import Conversion, ConvertedLayer
 from tnm_pipeline.training.convert.schedule import Schedule
 from tnm_pipeline.training.convert.tracing import DataflowError, trace
+from tnm_pipeline.training.convert.trim import make_room
+from tnm_pipeline.training.layout import to_gemm
 from tnm_pipeline.training.masks import Solver
 
 # Of the error of the branch that a residual layer is added to, how much the layer is fitted to repair. All of it
@@ -83,10 +85,14 @@ class Walk:
                 elif stop in self.schedule.norms:
                     record = self._match(stop, dense, sparse)
                 else:
+                    layer = prunable_layer(self.reference, stop)
+                    width = to_gemm(layer.weight).shape[1]
                     seen = self._seen(stop, dense, sparse, residuals.get(stop))
-                    objectives = collector.collect(stop, prunable_layer(self.reference, stop), seen)
+                    make_room(width)
+                    objectives = collector.collect(stop, layer, seen)
                     del seen
                     self._leave(stop, dense, len(layers))  # its inputs are not needed again: memory for what follows
+                    make_room(width)
                     record = self._convert(stop, *objectives, partial(collector.halves, TRIED), masks)
                     del objectives
                 if stop not in self.schedule.norms:

@@ -31,7 +31,7 @@ def test_what_is_fitted_to_some_samples_is_tested_on_others() -> None:
     for repair in repairs:
         relative, squared = estimate_fitted(fitted, tested, weight, TWO_FOUR, repair=repair, group=Group(), halves=none)
         goal = fitted.centred() if repair == "shift" else fitted
-        errors = sides[1] @ (admm(Problem(goal, weight.double(), TWO_FOUR)).weight - base).T
+        errors = sides[1] @ (admm([Problem(goal, weight.double(), TWO_FOUR)], Group())[0].weight - base).T
         left = errors - errors.mean(0) if repair == "shift" else errors
         torch.testing.assert_close(squared, left.square().mean(0))
         assert relative == pytest.approx(float(left.norm() / (sides[1] @ base.T).norm()))

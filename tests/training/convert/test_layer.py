@@ -1,6 +1,7 @@
 """One layer converted from its sums: what is stored, and what is said about it."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -159,8 +160,8 @@ def test_a_layer_that_no_damping_solves_is_masked_and_says_so() -> None:
 
 @torch.no_grad()
 def test_a_method_that_breaks_its_pattern_is_a_bug_and_found_out() -> None:
-    def careless(problem: Problem) -> Solution:
-        return Solution(problem.weight, torch.ones_like(problem.weight, dtype=torch.bool))
+    def careless(parts: Sequence[Problem], _: Group) -> list[Solution]:
+        return [Solution(part.weight, torch.ones_like(part.weight, dtype=torch.bool)) for part in parts]
 
     dense = linear()
     x, _ = inputs()

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tnm_pipeline.training.convert.adaprune import descend
+from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.least_squares import refit
 from tnm_pipeline.training.convert.methods import METHODS, MethodError, find_method, supports
 from tnm_pipeline.training.convert.objective import Objective
@@ -31,7 +32,7 @@ def test_solution_holds_the_pattern_and_beats_magnitude(name: str, text: str) ->
     x, t, w = layer()
     pattern = Pattern.parse(text)
     problem = Problem(Objective.of(x, t, w).centred(), w, pattern)
-    solution = METHODS[name](problem)
+    solution = METHODS[name]([problem], Group())[0]
     assert solution.weight.dtype == torch.float64
     assert not solution.weight[~solution.mask].any()
     assert count_violations(solution.mask.double(), pattern).of(pattern) == 0
@@ -46,7 +47,7 @@ def test_weights_that_hold_the_pattern_and_fit_stay(name: str) -> None:
     x, _, w = layer()
     w[:, 1::2] = 0
     problem = Problem(Objective.of(x, x @ w.T, w), w, Pattern(2, 4))
-    torch.testing.assert_close(METHODS[name](problem).weight, w, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(METHODS[name]([problem], Group())[0].weight, w, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("samples", [0, 1, 5])
@@ -54,7 +55,7 @@ def test_weights_that_hold_the_pattern_and_fit_stay(name: str) -> None:
 def test_few_or_no_samples_change_nothing_for_the_worse(name: str, samples: int) -> None:
     x, _, w = layer(samples=max(samples, 1))
     problem = Problem(Objective.of(x * bool(samples), x * bool(samples) @ w.T, w), w, Pattern(2, 4))
-    solution = METHODS[name](problem)
+    solution = METHODS[name]([problem], Group())[0]
     assert bool(torch.isfinite(solution.weight).all())
     assert solution.damping < 1
     masked = torch.where(solve(w, Pattern(2, 4)), w, 0.0)
@@ -67,8 +68,8 @@ def test_few_or_no_samples_change_nothing_for_the_worse(name: str, samples: int)
 def test_rows_are_independent_problems(name: str) -> None:
     x, t, w = layer()
     problem = Problem(Objective.of(x, t, w), w, Pattern(2, 4))
-    whole = METHODS[name](problem).weight
-    part = METHODS[name](problem.rows(slice(4, 8))).weight
+    whole = METHODS[name]([problem], Group())[0].weight
+    part = METHODS[name]([problem.rows(slice(4, 8))], Group())[0].weight
     near = 1e-2 if name == "adaprune" else 1e-5  # its learning rate follows the rows' own spread
     torch.testing.assert_close(part, whole[4:8], rtol=near, atol=near)
 

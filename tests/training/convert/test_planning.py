@@ -14,6 +14,7 @@ from tnm_pipeline.training.convert.batch import Batch, CalibrationError
 from tnm_pipeline.training.convert.budget import Budget
 from tnm_pipeline.training.convert.calibration import prunable_layer
 from tnm_pipeline.training.convert.damping import Trial
+from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.objective import Objective
 from tnm_pipeline.training.convert.plan import Plan, PlanError
 from tnm_pipeline.training.convert.planning import plan
@@ -68,7 +69,7 @@ def test_predicted_errors_are_those_of_fitted_layers_on_other_batches(
                 choose = Trial(partial(halves_of, pair), old, candidate.pattern, "exact", centred=biased).best
             goal = objective.centred() if biased else objective
             problem = Problem(goal, old, candidate.pattern, choose_damping=choose)
-            error = x @ (admm(problem).weight - old).T
+            error = x @ (admm([problem], Group())[0].weight - old).T
             if biased:
                 error = error - error.mean(0)
             assert candidate.predicted_error == pytest.approx(float(error.norm() / (x @ old.T).norm()), rel=1e-3)
