@@ -1,8 +1,8 @@
-"""The masked kernel of a linear product on a CPU, a panel of the weight at a time.
+"""The masked kernel of a linear product with a large weight on a CPU: a panel of the weight at a time.
 
-A masked copy of a whole weight is as large as the weight, lives from the forward to the backward pass and fills the
-caches with what is read once. A panel of its rows is made, multiplied with and forgotten while a core's cache holds it,
-once in the forward pass and once more for the input gradient.
+A masked copy of the whole weight would stay from the forward to the backward pass, four bytes a weight, and where it is
+larger than the caches it costs a quarter of a step. A panel of its rows is made, multiplied with and forgotten while it
+is in a core's cache, in the forward pass and once more for the input gradient.
 
 Shape legend: T = tokens (all leading dimensions of the input), O = out features, I = in features, P = rows of a panel.
 """
@@ -12,30 +12,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tnm_pipeline.training.kernels.masked import masked_entries, masked_weight
 
 _PANEL = 1 << 18  # weights for each thread: a mebibyte of float32
 _LEAST_ROWS = 128  # products with fewer are slow
-_SMALL = 1 << 20  # weights up to which a copy stays in the caches by itself, and costs no more than panels
+_COPIED = 1 << 20  # weights up to which a copy is as fast (docs/log.md)
 
 
 def by_panels(input: Tensor, weight: Tensor) -> bool:  # noqa: A002  # Linear's own name
-    """Whether `masked_linear` takes these; what it leaves to `linear` with a masked weight is right there too.
+    """Whether `masked_linear` is for these; `linear` with a masked weight is for all others.
 
-    That is other devices, small weights, formats that autocast or a sum of panels would round, subclasses of tensors,
-    and code that is compiled or traced, where whole operators are wanted.
+    They are small weights, other devices, formats in which panels would be rounded before they are summed up, autocast,
+    subclasses of tensors, and code that is compiled or traced, which is better off with whole operators.
     """
     return (
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.float64)
         and input.dtype == weight.dtype
-        and weight.numel() > _SMALL
+        and weight.numel() > _COPIED
         and type(weight) in (Tensor, torch.nn.Parameter)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch leaves it so
     )
 
 
@@ -48,7 +47,8 @@ def masked_linear(
 ) -> Tensor:
     """`linear(input, masked_weight(weight, mask, leak), bias)`, up to the order of sums in the input gradient.
 
-    The mask and the leak must be the same in the backward pass.
+    As with any Linear, the weight must not change before the backward pass; neither may the mask and the leak, and that
+    is not checked.
 
     Args:
         input: (..., I).
@@ -72,7 +72,7 @@ class _MaskedLinear(torch.autograd.Function):
     ) -> Tensor:
         for_rows, for_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(rows if for_weight else None, weight if for_rows else None)
-        # Not saved, as DDP writes buffers anew, the same ones, before another forward pass, at which autograd complains.
+        # Not among the saved: DDP sends buffers around before each forward pass, which writes the same values again.
         ctx.mask, ctx.leak = mask, leak
         output = rows.new_empty(len(rows), len(weight))
         for part, panel in _panels(weight, mask, leak):

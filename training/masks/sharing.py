@@ -20,14 +20,16 @@ def share_out(work: Callable[[int, int], T], count: int, items: int) -> list[T]:
 
     Args:
         work: gets the first place and the one after the last; in a compiled loop, without the GIL.
-        count: places there are, at least one.
+        count: places there are.
         items: weights behind all of them.
 
     Returns:
-        What `work` returned for each share, in no order.
+        What `work` returned for each share, in no order; there is at least one.
     """
     shares = max(1, min(count, items // _ITEMS_PER_SHARE))
     threads = min(torch.get_num_threads(), shares)
+    if threads == 1:
+        return [work(0, count)]
     shares = min(shares, threads * _SHARES_PER_THREAD)
     bounds = [count * share // shares for share in range(shares + 1)]
     left = iter(list(pairwise(bounds)))  # each thread takes the next share when it has done one

@@ -61,4 +61,3 @@ def _run(kernel: Callable[..., Any], matrix: Tensor, pattern: Pattern) -> tuple[
 
     largest = max(share_out(solve_strips, strips, matrix.numel()))
     return torch.from_numpy(mask), np.int32(largest).view(np.float32)
-
