@@ -33,9 +33,9 @@ def pull(gradient: Tensor, weight: Tensor, mask: Tensor, strength: float) -> Non
 
 
 def _is_plain(gradient: Tensor, weight: Tensor, mask: Tensor) -> bool:
-    """Whether all lie entry by entry in the same order in the memory of the CPU, the floats as float32."""
+    """Whether all of them lie entry after entry in the memory of the CPU, the floats as float32."""
     return all(
-        part.device.type == "cpu" and part.is_contiguous() and part.dtype == dtype
+        type(part) is Tensor and part.device.type == "cpu" and part.dtype == dtype and part.is_contiguous()
         for part, dtype in ((gradient, torch.float32), (weight, torch.float32), (mask, torch.bool))
     )
 

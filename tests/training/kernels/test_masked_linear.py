@@ -130,6 +130,15 @@ def test_gradients_that_nobody_wants_are_not_computed_and_nothing_is_kept_for_th
 
 
 @pytest.mark.usefixtures("panels_of_six")
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8)])
+def test_what_follows_may_work_in_place(shape: tuple[int, ...]) -> None:
+    layer = sparse(8, 20)
+    inputs = random(*shape, seed=2).requires_grad_()
+    found = gradients(F.relu(layer(inputs), inplace=True), inputs, layer)
+    torch.testing.assert_close(found, gradients(F.relu(whole(layer, inputs)), inputs, layer))
+
+
+@pytest.mark.usefixtures("panels_of_six")
 def test_masks_that_are_sent_around_between_two_passes_do_no_harm() -> None:
     """As DDP does with buffers before each forward pass, while another one still waits for its backward pass."""
     layer = sparse(8, 20, leak=0.5)
