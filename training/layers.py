@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tnm_pipeline.training.distributed import change_type, full, local, local_part, plain_type
 from tnm_pipeline.training.kernels.masked import masked_weight
+from tnm_pipeline.training.kernels.masked_linear import by_panels, masked_linear
 from tnm_pipeline.training.kernels.sampled_gradient import sampled_conv2d, sampled_linear
 from tnm_pipeline.training.kernels.semi_structured import PackedWeight, sparse_linear
 from tnm_pipeline.training.kernels.soft_threshold import matching_scale, soft_weight
@@ -42,6 +43,8 @@ class SparseLinear(nn.Linear):
             return sparse_linear(input, self.weight, self.packed, self.bias)
         if self.sampled:
             return sampled_linear(input, used_weight(self), self.bias)
+        if self.soft is None and by_panels(input, self.weight):
+            return masked_linear(input, self.weight, self.mask, self.leak, self.bias)
         return F.linear(input, used_weight(self), self.bias)
 
 

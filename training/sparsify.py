@@ -20,6 +20,7 @@ from tnm_pipeline.training.distributed import (
     reshard,
 )
 from tnm_pipeline.training.finalize import LayerReport, end_sparse, leak_of, make_all_plain, sparse_layers
+from tnm_pipeline.training.kernels.pull import pull
 from tnm_pipeline.training.layers import SparseLayer, make_sparse
 from tnm_pipeline.training.masks import solve
 from tnm_pipeline.training.pattern import Pattern
@@ -173,10 +174,8 @@ class Sparsifier:
         scale = getattr(optimizer, "grad_scale", None)
         for layer in self._layers.values():
             if layer.weight.grad is not None:
-                weight, mask = local(layer.weight), local_part(layer.mask, layer.weight)
-                scaled = weight if scale is None else weight * scale
-                # As bytes: see `masked_weight`.
-                local(layer.weight.grad).addcmul_(scaled, (~mask).view(torch.uint8), value=strength)
+                weight = local(layer.weight) if scale is None else local(layer.weight) * scale
+                pull(local(layer.weight.grad), weight, local_part(layer.mask, layer.weight), strength)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         # Likewise it lets a fused optimizer skip a step by itself, and says so like this.

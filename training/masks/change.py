@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tnm_pipeline.training.masks.jit import call, compiled
 
-_CHUNK = 4096  # summed up in float32, which it fills no more than half of
+_CHUNK = 4096  # summed up in int16, which it cannot fill, and in float32, of which it fills no more than half
 
 
 def count_change(weight: Tensor, before: Tensor, after: Tensor) -> tuple[int, int, float, float]:
@@ -37,14 +37,14 @@ def _count(weight: Any, before: Any, after: Any) -> Any:
     whole: Any = 0.0
     for first in range(0, weight.size, _CHUNK):
         values, old, new = weight[first : first + _CHUNK], before[first : first + _CHUNK], after[first : first + _CHUNK]
-        differing_here = keeping_here = np.int32(0)
+        differing_here = keeping_here = np.int16(0)
         kept_here = whole_here = np.float32(0)
         for index in range(new.size):
-            differing_here += np.int32(new[index] ^ old[index])
-            keeping_here += np.int32(new[index])
+            differing_here = np.int16(differing_here + np.int16(new[index] ^ old[index]))
+            keeping_here = np.int16(keeping_here + np.int16(new[index]))
         for index in range(values.size):  # apart from the counts, or it is not turned into vectors
             magnitude = np.float32(abs(values[index]))
-            kept_here += magnitude * np.float32(new[index])
+            kept_here += magnitude if new[index] else np.float32(0)
             whole_here += magnitude
         differing += differing_here
         keeping += keeping_here

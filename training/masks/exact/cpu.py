@@ -3,11 +3,7 @@
 Shape legend: O = out features, K = reduction length of the GEMM matrix.
 """
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,12 +15,11 @@ from tnm_pipeline.training.masks.exact.transposable import transposable_kernel
 from tnm_pipeline.training.masks.exact.two_four import LARGEST_SAFE, two_four_kernel
 from tnm_pipeline.training.masks.exact.window import Matrix
 from tnm_pipeline.training.masks.jit import call
+from tnm_pipeline.training.masks.sharing import share_out
 from tnm_pipeline.training.pattern import Pattern
 
 # The numpy type that tells the kernels how to read a weight's bits.
 _BITS = {torch.float32: np.int32, torch.float16: np.int16, torch.bfloat16: np.uint16}
-_WEIGHTS_PER_SHARE = 1 << 16  # below this a second thread costs more than it brings
-_SHARES_PER_THREAD = 4  # so that a thread that was held up does not hold up the others
 
 
 def solve_on_cpu(matrix: Tensor, pattern: Pattern) -> tuple[Tensor, bool]:
@@ -64,24 +59,5 @@ def _run(kernel: Callable[..., Any], matrix: Tensor, pattern: Pattern) -> tuple[
     def solve_strips(first: int, last: int) -> int:
         return int(call(kernel, str(pattern), source, flat, first, last))
 
-    shares = max(1, min(strips, matrix.numel() // _WEIGHTS_PER_SHARE))
-    threads = min(torch.get_num_threads(), shares)
-    shares = min(shares, threads * _SHARES_PER_THREAD) if threads > 1 else 1
-    bounds = [strips * share // shares for share in range(shares + 1)]
-    left = iter(list(pairwise(bounds)))  # each thread takes the next share when it has done one
-
-    def work() -> int:
-        return max((solve_strips(first, last) for first, last in left), default=0)
-
-    others = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
-    largest = max([work(), *(other.result() for other in others)])
+    largest = max(share_out(solve_strips, strips, matrix.numel()))
     return torch.from_numpy(mask), np.int32(largest).view(np.float32)
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="tnm-masks")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of its parent's threads

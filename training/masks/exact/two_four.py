@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnm_pipeline.training.masks.exact.simd import INT8, INT32, Buffer, Value, deinterleave, maximum, vector_op
+from tnm_pipeline.training.masks.exact.simd import INT8, INT16, INT32, Buffer, Value, deinterleave, maximum, vector_op
 from tnm_pipeline.training.masks.exact.tile import magnitude
 from tnm_pipeline.training.masks.exact.window import lies_in_place, read_window, write_window
 from tnm_pipeline.training.masks.jit import FINGERPRINT, compiled
@@ -55,11 +55,11 @@ def _better(left: _Choice, right: _Choice) -> _Choice:
 
 
 def _best_mask(block: Sequence[Sequence[Value]]) -> Value:
-    """The best mask of each block, 16 bits in int32 lanes, from its 4x4 weights."""
+    """The best mask of each block, 16 bits in int16 lanes, from its 4x4 weights."""
 
     def keep(*weights: tuple[int, int]) -> _Choice:
         total = reduce(Value.__add__, (block[i][j] for i, j in weights))
-        return _Choice(total, total.bits_as(INT32).like(sum(1 << (4 * i + j) for i, j in weights)))
+        return _Choice(total, total.bits_as(INT32).like(sum(1 << (4 * i + j) for i, j in weights)).to(INT16))
 
     # Per half: its two rows keep one column of the pair each.
     split = [[_better(keep((top, b), (top + 1, c)), keep((top, c), (top + 1, b))) for b, c in _PAIRS] for top in (0, 2)]
@@ -85,7 +85,7 @@ def solve_blocks(
     rows = [[magnitude(bits, at + pitch * i + first, LANES) for first in range(0, WIDTH, LANES)] for i in range(4)]
     peak = reduce(maximum, [vector.bits_as(INT32) for row in rows for vector in row])
     largest.store(0, maximum(peak, largest.load(0, LANES)))
-    kept = _best_mask([deinterleave(row) for row in rows])
+    kept = _best_mask([deinterleave(row) for row in rows]).unsigned_to(INT32)
     for i in range(4):
         nibble = (kept >> (4 * i)) & 0xF
         word = (nibble * 0x204081) & 0x01010101  # bit j becomes byte j
