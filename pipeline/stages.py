@@ -4,6 +4,7 @@
     dense -> convert                        |-> best -> export -> build -> verify
     dense -> prune -> convert-unstructured  |
 
+`train` can begin with the weights of `dense` or of `convert`, and have `dense` as its teacher.
 Each stage writes into its own folder of the run folder, a `result.json` among the files.
 """
 
@@ -18,7 +19,6 @@ from tnm_pipeline.pipeline.cache import DATA, MODELS, source_fingerprint
 from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.pipeline.sections import SPARSE_KEYS
-from tnm_pipeline.training.recipes import recipe_named
 
 CHECKPOINT = "model.safetensors"
 RESULT = "result.json"
@@ -203,9 +203,13 @@ def _add_route(
     pattern = config.sparsity.pattern
     if route == "train":
         learning = {key: value for key, value in sections["train"].items() if key != "save_every"}
-        start = {"dense": dense} if recipe_named(config.train.recipe).from_dense else {}
+        inputs = {"teacher": dense} if config.train.teacher else {}
+        if config.train.starts_from == "converted":
+            inputs["start"] = _add_route(add, "convert", config, sections, sparsity, dense) / CHECKPOINT
+        elif config.train.starts_from == "dense":
+            inputs["start"] = dense
         title = f"train {pattern} ({config.train.recipe})"
-        return add("train", title, "learn:train", {**sparsity, "train": learning}, start)
+        return add("train", title, "learn:train", {**sparsity, "train": learning}, inputs)
     settings = {**sparsity, **_conversion(config, sections)}
     reference = {"reference": config.convert.reference} if config.convert.reference else {}
     pattern = " or ".join(config.candidates)

@@ -54,7 +54,7 @@ from tnm_pipeline.training.sources import Splits, load_data, load_model
 from tnm_pipeline.training.tasks import Similarity
 
 PAIRS = "sts-2012-2014.tsv"
-TESTED_YEAR = "2014"
+YEARS = {"search": "2013", "final": "2014"}  # each is tested after training on all years before it
 PATTERN = Pattern(2, 4, transposable=True)
 LAYERS = Selection(include=("encoder.*",), keep_last=False)
 LONGEST = 64  # tokens of a sentence
@@ -105,20 +105,20 @@ class Bench:
         self.known: dict[str, Splits] = {}
 
     def data(self, split: str) -> Splits:
-        """The pairs: `search` trains on four fifths of 2012 and 2013 and tests on the rest, `final` tests on 2014."""
+        """The pairs: `search` trains on 2012 and tests on 2013, `final` trains on both and tests on 2014."""
         if split in self.known:
             return self.known[split]
-        lines = (self.options.data / PAIRS).read_text(encoding="utf-8").splitlines(keepends=True)
-        early = [line for line in lines[1:] if not line.startswith(TESTED_YEAR)]
-        tested = [line for line in lines[1:] if line.startswith(TESTED_YEAR)]
+        header, *lines = (self.options.data / PAIRS).read_text(encoding="utf-8").splitlines(keepends=True)
+        tested_year = YEARS[split]
+        early = [line for line in lines if line[:4] < tested_year]
+        tested = [line for line in lines if line[:4] == tested_year]
         if self.options.quick:
             early, tested = early[:80], tested[:16]
-        arguments: Row = {"tokenizer": pretrained(), "max_length": LONGEST, "scale": [0, 5]}
         with tempfile.TemporaryDirectory() as folder:
             train, test = Path(folder) / "train.tsv", Path(folder) / "test.tsv"
-            train.write_text(lines[0] + "".join(early), encoding="utf-8")
-            test.write_text(lines[0] + "".join(tested), encoding="utf-8")
-            arguments |= {"test_fraction": 0.2} if split == "search" else {"test": str(test)}
+            train.write_text(header + "".join(early), encoding="utf-8")
+            test.write_text(header + "".join(tested), encoding="utf-8")
+            arguments: Row = {"tokenizer": pretrained(), "max_length": LONGEST, "scale": [0, 5], "test": str(test)}
             self.known[split] = load_data(str(train), arguments)
         return self.known[split]
 
