@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from tnm_pipeline.training.backend import Choice
+from tnm_pipeline.training.dropout import without_dropout
 from tnm_pipeline.training.event_files import EventFiles
 from tnm_pipeline.training.finalize import LayerReport
 from tnm_pipeline.training.fitting import FitConfig as FitConfig
@@ -61,7 +62,8 @@ def fit(
         data: training and test set, and what is learned from them.
         config: how.
         sparsity: what makes it sparse; None trains densely.
-        teacher: whose outputs are learned, beside the targets or instead of them.
+        teacher: whose outputs are learned, beside the targets or instead of them; without dropout, whose noise a
+            teacher's outputs do not need.
         state_path: state file, written every `save_every` steps and on stopping, read if it exists. The caller
             removes it once the result is safe.
         events: folder for TensorBoard's event files; those of a training that is not resumed are removed from it.
@@ -84,8 +86,10 @@ def fit(
     if teacher:
         check_teacher(teacher, model, data.train[:2][:-1], data.task)
     with ExitStack() as loans:
-        for net in (model, teacher.model) if teacher else (model,):
-            loans.enter_context(lent(net))
+        loans.enter_context(lent(model))
+        if teacher:
+            loans.enter_context(lent(teacher.model))
+            loans.enter_context(without_dropout(model))
         training = _Training(model, data, config, sparsity, teacher)
         if state_path and first_says(state_path.exists):
             training.restore(state_path)

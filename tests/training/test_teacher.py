@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from tests.training.labelled import write_encoder, write_pairs
+from tnm_pipeline.training.dropout import without_dropout
 from tnm_pipeline.training.loop import FitConfig, SparseTraining, TrainingStoppedError, fit
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.recipes import RECIPES
@@ -123,6 +124,38 @@ def test_a_teacher_is_asked_once_for_each_part_in_the_precision_of_the_training(
     fit(net(0), few(), config, teacher=Teacher(teacher))
     assert seen[0] == (torch.float32, False, 2)  # whether it fits
     assert seen[1:] == 16 * [(torch.bfloat16, False, 16)]
+
+
+def test_a_student_learns_without_dropout_which_it_has_again_afterwards(tmp_path: Path) -> None:
+    dropout = taught(1.0)[4]  # type: ignore[index]
+    assert dropout.p == 0.2
+    dropped, whole = net(0), net(0)
+    whole[4].p = 0.0
+    for student in (dropped, whole):
+        fit(student, few(), CONFIG, teacher=Teacher(net(1), 0.5))
+    assert_same(dropped, whole)
+    without = load_model(f"hf:{write_encoder(tmp_path / 'bert')}", {}).train()
+    tokens = torch.ones(2, 8, dtype=torch.long)
+    outputs: list[Any] = [without(input_ids=tokens).last_hidden_state for _ in range(2)]
+    assert not torch.equal(*outputs)
+    with without_dropout(without):
+        outputs = [without(input_ids=tokens).last_hidden_state for _ in range(2)]
+    assert torch.equal(*outputs)
+
+
+def test_dropout_of_attention_is_put_back_after_an_error() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, dropout=0.3)
+    inputs = torch.randn(3, 1, 16)
+
+    def fail() -> None:
+        with without_dropout(model):
+            assert torch.equal(model(inputs), model(inputs))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert model.self_attn.dropout == model.dropout.p == 0.3
+    assert not torch.equal(model(inputs), model(inputs))
 
 
 @pytest.mark.parametrize("stop_at", [3, 8, 10])
