@@ -130,7 +130,7 @@ def test_a_student_learns_without_dropout_which_it_has_again_afterwards(tmp_path
     dropout = taught(1.0)[4]  # type: ignore[index]
     assert dropout.p == 0.2
     dropped, whole = net(0), net(0)
-    whole[4].p = 0.0
+    whole[4] = nn.Dropout(0)
     for student in (dropped, whole):
         fit(student, few(), CONFIG, teacher=Teacher(net(1), 0.5))
     assert_same(dropped, whole)
