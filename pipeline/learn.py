@@ -17,7 +17,7 @@ from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.crew import summon
 from tnm_pipeline.pipeline.errors import exit_code
 from tnm_pipeline.pipeline.metrics import metric_of, score_of
-from tnm_pipeline.pipeline.sections import SPARSE_KEYS, SourceSection
+from tnm_pipeline.pipeline.sections import SourceSection
 from tnm_pipeline.pipeline.stages import CHECKPOINT, EVENTS, Context
 from tnm_pipeline.training.checkpoint import Checkpoint, load_into, read_checkpoint, save_checkpoint
 from tnm_pipeline.training.layout import to_gemm
@@ -125,7 +125,7 @@ def help_to_train(work: tuple[Config, SparseTraining | None, Path]) -> None:
         fit(
             model,
             data,
-            _settings(config),
+            _settings(config, sparsity),
             sparsity=sparsity,
             teacher=teacher,
             state_path=state,
@@ -135,8 +135,8 @@ def help_to_train(work: tuple[Config, SparseTraining | None, Path]) -> None:
         raise SystemExit(exit_code(error)) from None
 
 
-def _settings(config: Config) -> FitConfig:
-    return FitConfig(**config.train.model_dump(exclude=set(SPARSE_KEYS)), seed=config.run.seed)
+def _settings(config: Config, sparsity: SparseTraining | None) -> FitConfig:
+    return FitConfig(**config.train.learning(sparse=sparsity is not None), seed=config.run.seed)
 
 
 def _teacher(config: Config, model: nn.Module | None) -> Teacher | None:
@@ -153,7 +153,7 @@ def _fit(
     result = fit(
         model,
         data,
-        _settings(config),
+        _settings(config, sparsity),
         sparsity=sparsity,
         teacher=_teacher(config, teacher),
         state_path=state,

@@ -14,7 +14,7 @@ from tnm_pipeline.training.recipes import RECIPES, Recipe
 Route = Literal["train", "convert", "convert-unstructured"]
 Start = Literal["initial", "dense", "converted"]
 # Of [train]: nothing to a dense training.
-SPARSE_KEYS = ("recipe", "decay", "sampled_gradient", "backend", "start", "teacher")
+SPARSE_KEYS = ("recipe", "decay", "sampled_gradient", "backend", "start", "teacher", "dense")
 
 
 def _json_able(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -83,13 +83,22 @@ class SparsitySection(Section):
     keep_last: bool = True
 
 
+class DenseSection(Section):
+    """What the dense baseline does in another way than the sparse training: see `TrainSection`."""
+
+    epochs: Annotated[int | None, Field(ge=1)] = None
+    batch_size: Annotated[int | None, Field(ge=1)] = None
+    lr: Annotated[float | None, Field(gt=0)] = None
+
+
 class TrainSection(Section):
     """The training loop; see `tnm_pipeline.training.loop.FitConfig`.
 
     `decay` and `sampled_gradient` change the recipe, see `tnm_pipeline.training.recipes.Recipe`; `backend` how sparse
     products are computed, see `tnm_pipeline.training.backend.Packs`. `start` says which weights come first, where that
     is not what the recipe says: the initial ones, those of the dense baseline, or those converted. `teacher` is the
-    share of the dense baseline's outputs in the loss, see `tnm_pipeline.training.teacher.Teacher`.
+    share of the dense baseline's outputs in the loss, see `tnm_pipeline.training.teacher.Teacher`. `dense` is what that
+    baseline does differently.
     """
 
     recipe: Literal["dynamic", "static", "paper", "gradual", "dense-tail", "s-ste"] = "dynamic"
@@ -98,6 +107,7 @@ class TrainSection(Section):
     backend: Literal["masked", "auto", "sparse"] = "masked"
     start: Start | None = None
     teacher: Share = 0.0
+    dense: DenseSection = DenseSection()
     optimizer: Literal["sgd", "adamw"] = "sgd"
     epochs: Annotated[int, Field(ge=1)] = 40
     batch_size: Annotated[int, Field(ge=1)] = 64
@@ -118,6 +128,15 @@ class TrainSection(Section):
                 f"weights: the default, {self.lr:g}, is for sgd"
             )
         return self
+
+    def learning(self, *, sparse: bool) -> dict[str, Any]:
+        """What `FitConfig` takes, but for the seed.
+
+        Args:
+            sparse: for the sparse training, else for the dense baseline.
+        """
+        keys = self.model_dump(exclude=set(SPARSE_KEYS))
+        return keys if sparse else keys | self.dense.model_dump(exclude_none=True)
 
     @property
     def starts_from(self) -> Start:
