@@ -63,7 +63,7 @@ YEARS = {"search": "2013", "final": "2014"}  # each is tested after training on 
 PATTERN = Pattern(2, 4, transposable=True)
 LAYERS = Selection(include=("encoder.*",), keep_last=False)
 LONGEST = 64  # tokens of a sentence
-CALIBRATION = 512  # sentences of the training pairs
+CALIBRATION = 4096  # sentences of the training pairs
 CONFIG = FitConfig(epochs=1, batch_size=32, optimizer="adamw", weight_decay=0.01, save_every=25)
 Row = dict[str, Any]
 
