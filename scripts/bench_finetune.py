@@ -11,6 +11,7 @@ the encoder become 2:4-T. The arms differ in where the sparse training begins an
 - converted dense, static: from what `convert` made of those, likewise;
 - converted dense, taught: likewise, and the dense fine-tuned network of the same seed is the teacher, instead of the
   scores of people (`examples/sentence_encoder.toml`);
+- converted dense, taught thrice: likewise, for three epochs instead of two;
 - converted, converted dense: not trained after the conversion, of pretrained and of dense fine-tuned weights.
 
 Rates are chosen for each arm, the dense one included, with seed 0, by training on the pairs of 2012 and testing on
@@ -97,6 +98,7 @@ ARMS = (
     Arm("dense, static", "dense", "static"),
     Arm("converted dense, static", "converted dense", "static"),
     Arm("converted dense, taught", "converted dense", "static", teacher=1.0, epochs=2),
+    Arm("converted dense, taught thrice", "converted dense", "static", teacher=1.0, epochs=3),
     Arm("converted", "converted", ""),
     Arm("converted dense", "converted dense", ""),
 )
