@@ -50,6 +50,7 @@ _CODES = {
     "tnm_pipeline.training.processes.PrecisionError": ExitCode.ENVIRONMENT,
     "tnm_pipeline.training.sources.SourceError": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.training.tasks.TaskError": ExitCode.INPUT_REJECTED,
+    "tnm_pipeline.training.teacher.TeacherError": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.training.sources.MissingPackageError": ExitCode.ENVIRONMENT,
     "tnm_pipeline.training.selection.SelectionError": ExitCode.INPUT_REJECTED,
     "tnm_pipeline.training.checkpoint.CheckpointError": ExitCode.INPUT_REJECTED,

@@ -17,7 +17,7 @@ from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.crew import summon
 from tnm_pipeline.pipeline.errors import exit_code
 from tnm_pipeline.pipeline.metrics import metric_of, score_of
-from tnm_pipeline.pipeline.sections import SPARSE_KEYS, SourceSection
+from tnm_pipeline.pipeline.sections import SourceSection
 from tnm_pipeline.pipeline.stages import CHECKPOINT, EVENTS, Context
 from tnm_pipeline.training.checkpoint import Checkpoint, load_into, read_checkpoint, save_checkpoint
 from tnm_pipeline.training.layout import to_gemm
@@ -35,6 +35,7 @@ from tnm_pipeline.training.processes import BatchSizeError, PrecisionError
 from tnm_pipeline.training.scoring import check_match, evaluate
 from tnm_pipeline.training.selection import Selection, select
 from tnm_pipeline.training.sources import Splits, load_data, load_model
+from tnm_pipeline.training.teacher import Teacher
 
 _PICTURE = 16  # side of the mask picture in the report
 
@@ -69,13 +70,16 @@ def dense(context: Context) -> dict[str, Any]:
 
 
 def train(context: Context) -> dict[str, Any]:
-    """Train with masks: from the initial weights, or from the dense ones if the recipe says so."""
+    """Train with masks: from the initial weights, the dense or the converted ones; the dense ones may teach."""
     config = context.config
-    model = model_from(config, context.inputs["dense"])[0] if "dense" in context.inputs else new_model(config)
+    model, teacher = (
+        model_from(config, context.inputs[label])[0] if label in context.inputs else None
+        for label in ("start", "teacher")
+    )
     sparsity = SparseTraining(
         _pattern(config), config.train.full_recipe(), _selection(config), backend=config.train.backend
     )
-    return _fit(context, model, sparsity)
+    return _fit(context, model or new_model(config), sparsity, teacher)
 
 
 def prune(context: Context) -> dict[str, Any]:
@@ -116,17 +120,32 @@ def help_to_train(work: tuple[Config, SparseTraining | None, Path]) -> None:
     config, sparsity, state = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     model, data = new_model(config), data_of(config)
+    teacher = _teacher(config, new_model(config) if sparsity and config.train.teacher else None)
     try:
-        fit(model, data, _settings(config), sparsity=sparsity, state_path=state, should_stop=lambda: False)
+        fit(
+            model,
+            data,
+            _settings(config, sparsity),
+            sparsity=sparsity,
+            teacher=teacher,
+            state_path=state,
+            should_stop=lambda: False,
+        )
     except (TrainingStoppedError, TrainingDivergedError, BatchSizeError, PrecisionError) as error:
         raise SystemExit(exit_code(error)) from None
 
 
-def _settings(config: Config) -> FitConfig:
-    return FitConfig(**config.train.model_dump(exclude=set(SPARSE_KEYS)), seed=config.run.seed)
+def _settings(config: Config, sparsity: SparseTraining | None) -> FitConfig:
+    return FitConfig(**config.train.learning(sparse=sparsity is not None), seed=config.run.seed)
 
 
-def _fit(context: Context, model: nn.Module, sparsity: SparseTraining | None) -> dict[str, Any]:
+def _teacher(config: Config, model: nn.Module | None) -> Teacher | None:
+    return Teacher(model, config.train.teacher) if model else None
+
+
+def _fit(
+    context: Context, model: nn.Module, sparsity: SparseTraining | None, teacher: nn.Module | None = None
+) -> dict[str, Any]:
     config = context.config
     state = context.folder / STATE_FILE
     data = data_of(config)
@@ -134,8 +153,9 @@ def _fit(context: Context, model: nn.Module, sparsity: SparseTraining | None) ->
     result = fit(
         model,
         data,
-        _settings(config),
+        _settings(config, sparsity),
         sparsity=sparsity,
+        teacher=_teacher(config, teacher),
         state_path=state,
         events=context.folder.parent / EVENTS / context.folder.name,
         on_step=context.progress,

@@ -12,7 +12,9 @@ from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.recipes import RECIPES, Recipe
 
 Route = Literal["train", "convert", "convert-unstructured"]
-SPARSE_KEYS = ("recipe", "decay", "sampled_gradient", "backend")  # of [train]: nothing to a dense training
+Start = Literal["initial", "dense", "converted"]
+# Of [train]: nothing to a dense training.
+SPARSE_KEYS = ("recipe", "decay", "sampled_gradient", "backend", "start", "teacher", "dense")
 
 
 def _json_able(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -81,17 +83,31 @@ class SparsitySection(Section):
     keep_last: bool = True
 
 
+class DenseSection(Section):
+    """What the dense baseline does in another way than the sparse training: see `TrainSection`."""
+
+    epochs: Annotated[int | None, Field(ge=1)] = None
+    batch_size: Annotated[int | None, Field(ge=1)] = None
+    lr: Annotated[float | None, Field(gt=0)] = None
+
+
 class TrainSection(Section):
     """The training loop; see `tnm_pipeline.training.loop.FitConfig`.
 
     `decay` and `sampled_gradient` change the recipe, see `tnm_pipeline.training.recipes.Recipe`; `backend` how sparse
-    products are computed, see `tnm_pipeline.training.backend.Packs`.
+    products are computed, see `tnm_pipeline.training.backend.Packs`. `start` says which weights come first, where that
+    is not what the recipe says: the initial ones, those of the dense baseline, or those converted. `teacher` is the
+    share of the dense baseline's outputs in the loss, see `tnm_pipeline.training.teacher.Teacher`. `dense` is what that
+    baseline does differently.
     """
 
     recipe: Literal["dynamic", "static", "paper", "gradual", "dense-tail", "s-ste"] = "dynamic"
     decay: Annotated[float | None, Field(ge=0)] = None
     sampled_gradient: bool = False
     backend: Literal["masked", "auto", "sparse"] = "masked"
+    start: Start | None = None
+    teacher: Share = 0.0
+    dense: DenseSection = DenseSection()
     optimizer: Literal["sgd", "adamw"] = "sgd"
     epochs: Annotated[int, Field(ge=1)] = 40
     batch_size: Annotated[int, Field(ge=1)] = 64
@@ -112,6 +128,20 @@ class TrainSection(Section):
                 f"weights: the default, {self.lr:g}, is for sgd"
             )
         return self
+
+    def learning(self, *, sparse: bool) -> dict[str, Any]:
+        """What `FitConfig` takes, but for the seed.
+
+        Args:
+            sparse: for the sparse training, else for the dense baseline.
+        """
+        keys = self.model_dump(exclude=set(SPARSE_KEYS))
+        return keys if sparse else keys | self.dense.model_dump(exclude_none=True)
+
+    @property
+    def starts_from(self) -> Start:
+        """Whose weights a sparse training begins with."""
+        return self.start or ("dense" if RECIPES[self.recipe].from_dense else "initial")
 
     def full_recipe(self) -> Recipe:
         """The recipe with what is changed about it.

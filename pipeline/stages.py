@@ -4,6 +4,7 @@
     dense -> convert                        |-> best -> export -> build -> verify
     dense -> prune -> convert-unstructured  |
 
+`train` can begin with the weights of `dense` or of `convert`, and have `dense` as its teacher.
 Each stage writes into its own folder of the run folder, a `result.json` among the files.
 """
 
@@ -17,8 +18,6 @@ from tnm_pipeline.export.environment import package_version
 from tnm_pipeline.pipeline.cache import DATA, MODELS, source_fingerprint
 from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.errors import ConfigError
-from tnm_pipeline.pipeline.sections import SPARSE_KEYS
-from tnm_pipeline.training.recipes import recipe_named
 
 CHECKPOINT = "model.safetensors"
 RESULT = "result.json"
@@ -102,7 +101,7 @@ def stages_of(config: Config, folder: Path) -> dict[str, Stage]:
         best = add("best", "take the sparse checkpoint", "learn:take", common, {"given": config.export.checkpoint})
         twin: dict[str, Path] = {}
     else:
-        learning = {key: value for key, value in sections["train"].items() if key not in (*SPARSE_KEYS, "save_every")}
+        learning = {key: value for key, value in config.train.learning(sparse=False).items() if key != "save_every"}
         dense_settings = common if given else {**common, "train": learning}
         look = "evaluate" if config.labelled else "read"
         title = f"{look} the given checkpoint" if given else "train the dense baseline"
@@ -202,10 +201,14 @@ def _add_route(
     """Add the stages of one way to a sparse checkpoint; returns the folder of the last."""
     pattern = config.sparsity.pattern
     if route == "train":
-        learning = {key: value for key, value in sections["train"].items() if key != "save_every"}
-        start = {"dense": dense} if recipe_named(config.train.recipe).from_dense else {}
+        learning = {key: value for key, value in sections["train"].items() if key not in ("save_every", "dense")}
+        inputs = {"teacher": dense} if config.train.teacher else {}
+        if config.train.starts_from == "converted":
+            inputs["start"] = _add_route(add, "convert", config, sections, sparsity, dense) / CHECKPOINT
+        elif config.train.starts_from == "dense":
+            inputs["start"] = dense
         title = f"train {pattern} ({config.train.recipe})"
-        return add("train", title, "learn:train", {**sparsity, "train": learning}, start)
+        return add("train", title, "learn:train", {**sparsity, "train": learning}, inputs)
     settings = {**sparsity, **_conversion(config, sections)}
     reference = {"reference": config.convert.reference} if config.convert.reference else {}
     pattern = " or ".join(config.candidates)

@@ -163,15 +163,17 @@ def test_bench_training_step_measures_every_twin(tmp_path: Path) -> None:
 def test_bench_finetune_trains_every_arm_once(benchmark_data: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     options = ["--quick", "--data", str(benchmark_data), "--cache", str(tmp_path / "cache"), "--json", str(report)]
-    done = run_script("bench_finetune.py", *options, "--arms", "converted, static", "converted")
+    arms = ("--arms", "converted, static", "converted dense, taught", "converted")
+    done = run_script("bench_finetune.py", *options, *arms)
     assert done.returncode == 0, done.stderr
     rows = {row["arm"]: row for row in json.loads(report.read_text(encoding="utf-8"))["rows"]}
-    assert list(rows) == ["dense", "converted, static", "converted"]
+    assert list(rows) == ["dense", "converted, static", "converted dense, taught", "converted"]
+    assert [row["epochs"] for row in rows.values()] == [1, 1, 2, 1]
     for row in list(rows.values())[1:]:
         assert row["layers"] == 36
         assert row["violations"] == row["violations_transposed"] == 0
         assert row["gap"] == pytest.approx(row["mean"] - rows["dense"]["mean"], abs=2e-4)
-    again = run_script("bench_finetune.py", *options, "--arms", "converted, static", "converted")
+    again = run_script("bench_finetune.py", *options, *arms)
     assert again.returncode == 0, again.stderr
     assert '"arm"' not in again.stderr  # all of it was done
 

@@ -1,7 +1,7 @@
 """fit(): the training loop, on Hugging Face Accelerate. Dense and sparse go the same way."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from tnm_pipeline.training.backend import Choice
+from tnm_pipeline.training.dropout import without_dropout
 from tnm_pipeline.training.event_files import EventFiles
 from tnm_pipeline.training.finalize import LayerReport
 from tnm_pipeline.training.fitting import FitConfig as FitConfig
@@ -28,6 +29,7 @@ from tnm_pipeline.training.shuffle import Shuffle
 from tnm_pipeline.training.sources import Splits
 from tnm_pipeline.training.sparsify import Sparsifier
 from tnm_pipeline.training.state import load_state, save_state
+from tnm_pipeline.training.teacher import Lesson, Teacher, check_teacher
 
 
 class TrainingDivergedError(ArithmeticError):
@@ -44,6 +46,7 @@ def fit(
     config: FitConfig,
     *,
     sparsity: SparseTraining | None = None,
+    teacher: Teacher | None = None,
     state_path: Path | None = None,
     events: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -59,6 +62,8 @@ def fit(
         data: training and test set, and what is learned from them.
         config: how.
         sparsity: what makes it sparse; None trains densely.
+        teacher: whose outputs are learned, beside the targets or instead of them; without dropout, whose noise a
+            teacher's outputs do not need.
         state_path: state file, written every `save_every` steps and on stopping, read if it exists. The caller
             removes it once the result is safe.
         events: folder for TensorBoard's event files; those of a training that is not resumed are removed from it.
@@ -70,6 +75,7 @@ def fit(
 
     Raises:
         SourceError: the model cannot take the data, or what it returns does not fit the task.
+        TeacherError: the teacher cannot take the data, or does not fit the model.
         BatchSizeError: a batch cannot be cut into equal parts for the processes and what each computes at a time.
         PrecisionError: fp16 without a GPU.
         TrainingDivergedError: NaN or infinite loss or gradient; the last good state stays on disk.
@@ -77,8 +83,14 @@ def fit(
             plain, with the weights that it had come to.
     """
     check_match(model, data)
-    with lent(model):
-        training = _Training(model, data, config, sparsity)
+    if teacher:
+        check_teacher(teacher, model, data.train[:2][:-1], data.task)
+    with ExitStack() as loans:
+        loans.enter_context(lent(model))
+        if teacher:
+            loans.enter_context(lent(teacher.model))
+            loans.enter_context(without_dropout(model))
+        training = _Training(model, data, config, sparsity, teacher)
         if state_path and first_says(state_path.exists):
             training.restore(state_path)
         folder = events if training.accelerator.is_main_process else None
@@ -111,7 +123,14 @@ def _run(
 class _Training:
     """A training under way: everything that `fit` needs to step, save, restore and finish."""
 
-    def __init__(self, model: nn.Module, data: Splits, config: FitConfig, sparsity: SparseTraining | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Splits,
+        config: FitConfig,
+        sparsity: SparseTraining | None,
+        teacher: Teacher | None,
+    ) -> None:
         self.model, self.data, self.config = model, data, config
         batch_size = min(config.batch_size, len(data.train))
         self.accelerator = make_accelerator(batch_size, config.accumulate, config.precision)
@@ -139,6 +158,7 @@ class _Training:
         for parameter in unused_parameters(model, data) if self.accelerator.num_processes > 1 else ():
             parameter.requires_grad_(False)
         self.wrapped, self.stepper, self.loader = self.accelerator.prepare(model, self.optimizer, loader)
+        self.lesson = Lesson(teacher, data.task, self.accelerator) if teacher else None
         self.sparsifier, self.backend = None, sparsity.backend if sparsity else "masked"
         if sparsity:  # after DDP has sent the weights of rank 0 around: it would send masks in every forward pass
             self.sparsifier = Sparsifier(
@@ -203,11 +223,16 @@ class _Training:
             # Processes exchange gradients once, with the last part.
             last = number == len(parts)
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                predictions = self.data.task.predict(self.wrapped, inputs)
-                loss = self.data.task.loss(predictions, targets) / len(parts)
+                loss = self.loss(inputs, targets) / len(parts)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
+
+    def loss(self, inputs: Sequence[Tensor], targets: Tensor) -> Tensor:
+        """Mean loss of a part of a batch."""
+        task = self.data.task
+        outputs = task.represent(self.wrapped, inputs)
+        return self.lesson.loss(outputs, inputs, targets) if self.lesson else task.loss(task.conclude(outputs), targets)
 
     def save(self, path: Path) -> None:
         """Write the state file."""

@@ -14,6 +14,7 @@ from tnm_pipeline.training.distributed import ShardingError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
 
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -132,6 +133,17 @@ def any_says(flag: bool, device: torch.device) -> bool:
     flags = torch.tensor(int(flag), device=device)
     dist.all_reduce(flags)
     return bool(flags)
+
+
+def send_weights(model: "nn.Module") -> None:
+    """Give all processes the parameters and buffers that the first one has; changed in place.
+
+    Args:
+        model: of the same structure in all of them, on the device on which they exchange tensors.
+    """
+    if count() > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def wait_for_all() -> None:

@@ -1,6 +1,6 @@
 """What is learned from a data set: how outputs become a loss, and how a test set becomes a score."""
 
-# B = samples in a batch, S = samples in a set, T = tokens of a sentence, D = features of a token
+# B = samples in a batch, S = samples in a set, T = tokens of a sentence, D = features of a token, C = classes
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_TEMPERATURE = 2.0  # of class scores that are compared with a teacher's
 _EIGHT = 8  # tokens: lengths of batches are multiples, so that kernels and compilers see few shapes
 
 
@@ -29,7 +30,6 @@ class Task(ABC):
     metric: str
     at_once: int
 
-    @abstractmethod
     def predict(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
         """What the model says about a batch, an entry or a row for each sample.
 
@@ -39,6 +39,24 @@ class Task(ABC):
 
         Raises:
             TaskError: the model returns something else than it should.
+        """
+        return self.conclude(self.represent(model, inputs))
+
+    @abstractmethod
+    def represent(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+        """What the model makes of a batch, before it becomes predictions; arguments and errors as for `predict`."""
+
+    def conclude(self, outputs: Tensor) -> Tensor:
+        """The predictions that follow from what `represent` gave."""
+        return outputs
+
+    @abstractmethod
+    def distance(self, outputs: Tensor, teacher: Tensor) -> Tensor:
+        """How far a batch is from what a teacher makes of it, mean of the samples, a 0-dim tensor; 0 where it is equal.
+
+        Args:
+            outputs: what `represent` gives with the model that learns.
+            teacher: what it gives with another model, of the same shape.
         """
 
     def lengths(self, tensors: Sequence[Tensor]) -> Tensor | None:
@@ -77,14 +95,20 @@ class Classification(Task):
     metric = "accuracy"
     at_once = 1024
 
-    def predict(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-        """(B, classes)."""
+    def represent(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+        """Class scores (B, C)."""
         outputs: Any = model(*inputs)
         if not isinstance(outputs, Tensor):
             raise TaskError(
                 f"the model returns a {type(outputs).__name__}: it must return one tensor, the class scores"
             )
         return outputs
+
+    def distance(self, outputs: Tensor, teacher: Tensor) -> Tensor:
+        """Kullback-Leibler divergence of the softened classes, times the squared temperature (Hinton et al. 2015)."""
+        own, other = ((scores.float() / _TEMPERATURE).log_softmax(1) for scores in (outputs, teacher))
+        divergence: Tensor = F.kl_div(own, other, reduction="batchmean", log_target=True) * _TEMPERATURE**2
+        return divergence
 
     def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy."""
@@ -121,17 +145,25 @@ class Similarity(Task):
     metric = "spearman"
     at_once = 64
 
-    def predict(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-        """(B,) cosines; columns that are padding in the whole batch are cut off first."""
+    def represent(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+        """Embeddings (B, 2, D); columns that are padding in the whole batch are cut off first."""
         arguments = {name: tensor.flatten(0, 1) for name, tensor in zip(self.names, inputs, strict=True)}
         longest = int(arguments["attention_mask"].sum(1).max())
         longest += -longest % _EIGHT
         arguments = {name: tensor[:, :longest] for name, tensor in arguments.items()}
         hidden = _hidden_states(model(**arguments), arguments["attention_mask"])
         real = arguments["attention_mask"].unsqueeze(2).to(hidden.dtype)
-        embeddings = (hidden * real).sum(1) / real.sum(1)
-        first, second = embeddings.unflatten(0, (-1, 2)).unbind(1)
-        return F.cosine_similarity(first, second)
+        embeddings: Tensor = ((hidden * real).sum(1) / real.sum(1)).unflatten(0, (-1, 2))
+        return embeddings
+
+    def conclude(self, outputs: Tensor) -> Tensor:
+        """Cosines (B,)."""
+        return F.cosine_similarity(outputs[:, 0], outputs[:, 1])
+
+    def distance(self, outputs: Tensor, teacher: Tensor) -> Tensor:
+        """1 - the cosine of both embeddings of a sentence."""
+        distances: Tensor = 1 - F.cosine_similarity(outputs.float(), teacher.float(), dim=-1)  # (B, 2)
+        return distances.mean()
 
     def lengths(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tokens of the longer sentence."""

@@ -1,6 +1,6 @@
 """Configurations: everything that is valid survives being written down; everything else is named by its place."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tnm_pipeline.pipeline.config import Config, load_config
 from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.pipeline.sections import ConvertSection, TrainSection
+from tnm_pipeline.training.fitting import FitConfig
 from tnm_pipeline.training.pattern import PatternError
 from tnm_pipeline.training.recipes import RECIPES
 
@@ -102,6 +103,10 @@ def test_what_is_valid_survives_being_written_down(tmp_path: Path, tree: dict[st
         ("convert.workers=0", "convert.workers = 0"),
         ("convert.patterns=['2:4', ' 2:4']", "name each one once"),
         ("calibration.args={size = 64}", "args belong to a source: set calibration.source too"),
+        ("train.teacher=2", "train.teacher = 2: .*less than or equal to 1"),
+        ("train.start=scratch", "train.start = 'scratch': .*'converted'"),
+        ("train.dense.epoch=3", "unknown key train.dense.epoch: did you mean epochs?"),
+        ("train.dense.lr=0", "train.dense.lr = 0"),
         ("train.recipe=magic", "train.recipe = 'magic'"),
         ("train.recipe=dense-tail", "dense-tail ends dense, .*: choose one of static, dynamic, paper, gradual, s-ste;"),
         ("train.recipe=s-ste", "s-ste is forward only.* 2:4-T asks for both directions; take the recipe dynamic, or"),
@@ -111,6 +116,15 @@ def test_what_is_not_valid_is_named_by_its_place(override: str, said: str) -> No
     with pytest.raises((ConfigError, PatternError), match=said) as caught:
         load_config(None, [override])
     assert len(str(caught.value)) < 250
+
+
+def test_the_dense_baseline_learns_as_the_sparse_training_but_for_what_is_said_of_it() -> None:
+    given = ["train.epochs=7", "train.lr=0.5", "train.momentum=0.3", "train.dense={ epochs = 2, batch_size = 5 }"]
+    train = load_config(None, given).train
+    sparse, dense = train.learning(sparse=True), train.learning(sparse=False)
+    assert (sparse["epochs"], sparse["batch_size"], sparse["lr"], sparse["momentum"]) == (7, 64, 0.5, 0.3)
+    assert dense == sparse | {"epochs": 2, "batch_size": 5}
+    assert dense.keys() == {field.name for field in fields(FitConfig)} - {"seed"}
 
 
 def test_later_overrides_win_and_options_win_over_all(tmp_path: Path) -> None:

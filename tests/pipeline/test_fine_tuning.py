@@ -98,11 +98,33 @@ def test_pairs_are_trained_and_converted_and_scored_by_spearman(pairs: Tnm, tmp_
     assert stages["convert"]["result"]["plan"]["examples"] == 64
 
 
+def test_dense_baseline_teaches_what_was_converted_from_it(pairs: Tnm, tmp_path: Path) -> None:
+    """One command, three stages; the teacher is not the converted network that training begins with."""
+    keys = ("train.start=converted", "train.teacher=1", "train.lr=1e-9", "train.epochs=1", "run.seed=1")
+    given = [part for key in keys for part in ("--set", key)]
+    ended = pairs("train", "--config", "pairs.toml", "--json", *given)
+    assert ended.code == 0, ended.err
+    stages = ended.json()["stages"]
+    assert list(stages) == ["dense", "convert", "train"]
+    converted, trained, dense = (
+        load_file(tmp_path / "run" / name / "model.safetensors") for name in ("convert", "train", "dense")
+    )
+    weights = [name for name in dense if dense[name].dim() == 2 and "encoder" in name]
+    for name in weights:  # at a rate of nearly nothing
+        assert abs(trained[name] - converted[name]).max() < 1e-6
+        assert abs(trained[name] - dense[name]).max() > 1e-3
+    (_, distance), *_ = stages["train"]["result"]["history"]["loss"]
+    assert 1e-4 < distance < 0.5
+    again = pairs("train", "--config", "pairs.toml", "--json", *given)
+    assert all(stage["cached"] for stage in again.json()["stages"].values())
+
+
 @pytest.mark.slow
 def test_processes_train_an_encoder_whose_pooler_gets_no_gradient(pairs: Tnm, tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tnm_pipeline.pipeline.cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *torchrun, "train", "--config", "pairs.toml"]
+    taught = ["--set", "train.teacher=0.5", "--set", "train.start=converted"]
+    command = [sys.executable, *torchrun, "train", "--config", "pairs.toml", *taught]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "unused" not in done.stderr

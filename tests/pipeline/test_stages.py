@@ -40,6 +40,10 @@ LEARNING = {"dense", "train", "prune", "convert", "convert-unstructured"}
         ("train.epochs=3", {"dense", "train"}),
         ("train.precision=bf16", {"dense", "train"}),
         ("train.backend=auto", {"train"}),
+        ("train.teacher=0.5", {"train"}),
+        ("train.start=converted", {"train"}),
+        ("train.dense.epochs=3", {"dense"}),
+        ("train.dense.lr=0.01", {"dense"}),
         ("convert.method=adaprune", {"convert", "convert-unstructured"}),
         ("convert.keep_first=false", {"convert", "convert-unstructured"}),
         ("calibration.source=x.npz", {"convert", "convert-unstructured"}),
@@ -57,7 +61,31 @@ def test_a_setting_reaches_the_stages_that_read_it(override: str, expected: set[
     ("recipe", "starts_from_dense"), [("static", True), ("gradual", True), ("dynamic", False), ("paper", False)]
 )
 def test_some_recipes_start_from_the_dense_weights(recipe: str, starts_from_dense: bool) -> None:
-    assert ("dense" in stages(f"train.recipe={recipe}")["train"].inputs) is starts_from_dense
+    assert ("start" in stages(f"train.recipe={recipe}")["train"].inputs) is starts_from_dense
+
+
+@pytest.mark.parametrize(
+    ("start", "maker"), [("initial", None), ("dense", "dense"), ("converted", "convert"), (None, "dense")]
+)
+def test_a_training_starts_where_it_is_told_to_with_the_dense_baseline_as_its_teacher(
+    start: str | None, maker: str | None
+) -> None:
+    told = ("run.routes=['train']", "train.recipe=static", "train.teacher=0.5")
+    made = stages(*told, *([f"train.start={start}"] if start else []))
+    weights = {"teacher": FOLDER / "dense" / "model.safetensors"}
+    assert made["train"].inputs == weights | ({"start": FOLDER / maker / "model.safetensors"} if maker else {})
+    assert ("convert" in made) is (maker == "convert")
+    needed = [stage.name for stage in needed_for(made, FOLDER, {"train"})]
+    assert needed == ["dense", *(["convert"] if maker == "convert" else []), "train"]
+
+
+def test_a_conversion_that_a_training_starts_from_is_the_one_of_the_route() -> None:
+    both = stages("run.routes=['train', 'convert']", "train.start=converted")
+    alone = stages("run.routes=['train']", "train.start=converted")
+    assert both["convert"] == alone["convert"]
+    assert list(both) == list(alone) == ["dense", "convert", "train", "best", "export", "build", "verify"]
+    assert "convert" in both["best"].inputs
+    assert "convert" not in alone["best"].inputs
 
 
 def test_the_folder_is_no_setting() -> None:

@@ -16,6 +16,7 @@ from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.processes import count, leave, rank
 from tnm_pipeline.training.recipes import Recipe
 from tnm_pipeline.training.sources import Splits, digits
+from tnm_pipeline.training.teacher import Teacher
 
 # 128 samples: 4 steps an epoch, 12 in all, state files after steps 5 and 10
 CONFIG = FitConfig(epochs=3, batch_size=32, save_every=5)
@@ -28,17 +29,28 @@ def train(
     on_step: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     dropout: float = 0.0,
+    share: float = 0.0,
 ) -> dict[str, Any]:
-    """The weights begin apart: DDP sends those of the first process around."""
+    """The weights begin apart, a teacher's too: those of the first process are sent around."""
     data = digits()
     few = Splits(TensorDataset(*data.train[:128]), TensorDataset(*data.test[:100]))
     torch.manual_seed(rank())
+    teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), share) if share else None
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 18), nn.Dropout(dropout), nn.ReLU(), nn.Linear(18, 12), nn.ReLU(), nn.Linear(12, 10)
     )
     model.register_parameter("idle", nn.Parameter(torch.ones(2)))
     try:
-        result = fit(model, few, CONFIG, sparsity=SPARSITY, state_path=state, on_step=on_step, should_stop=should_stop)
+        result = fit(
+            model,
+            few,
+            CONFIG,
+            sparsity=SPARSITY,
+            teacher=teacher,
+            state_path=state,
+            on_step=on_step,
+            should_stop=should_stop,
+        )
     finally:
         assert model.get_parameter("idle").requires_grad, "what rested under DDP learns again"
     return {
@@ -58,7 +70,7 @@ def whole(folder: Path) -> dict[str, Any]:
     def on_step(done: int, _: int) -> None:
         steps[0] = done
 
-    outcome = {"straight": train(), "drawing": train(dropout=DROPOUT)}
+    outcome = {"straight": train(), "taught": train(share=0.5), "drawing": train(dropout=DROPOUT)}
     try:
         train(folder / "stopped", on_step, lambda: steps[0] == 7 and rank() == count() - 1, DROPOUT)
     except TrainingStoppedError as error:

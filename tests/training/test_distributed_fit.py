@@ -44,10 +44,13 @@ def assert_same(mine: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns_with_the_same_global_batch(together: list[dict[str, Any]]) -> None:
-    alone = fit_ranks.train()
-    assert_same(together[0]["straight"], together[1]["straight"])
-    pair = together[0]["straight"]
+@pytest.mark.parametrize(("what", "share"), [("straight", 0.0), ("taught", 0.5)])
+def test_two_processes_learn_what_one_learns_with_the_same_global_batch(
+    together: list[dict[str, Any]], what: str, share: float
+) -> None:
+    alone = fit_ranks.train(share=share)
+    assert_same(together[0][what], together[1][what])
+    pair = together[0][what]
     assert (alone["processes"], pair["processes"]) == (1, 2)
     for mine, other in zip(pair["history"].loss, alone["history"].loss, strict=True):
         assert mine == pytest.approx(other, rel=1e-5)

@@ -128,3 +128,25 @@ def test_classes_need_an_output_each() -> None:
 def test_what_is_not_a_number_has_no_rank() -> None:
     with pytest.raises(TaskError, match="1 of 3 predictions or targets are NaN"):
         spearman(torch.tensor([float("nan"), 1.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_the_distance_of_class_scores_is_the_divergence_of_softened_classes() -> None:
+    scores, teacher = numbers(5, 7), 3 * numbers(5, 7, seed=1)
+    expected = 0.0
+    for own, other in zip(scores.tolist(), teacher.tolist(), strict=True):
+        softened = [[math.exp(score / 2) for score in row] for row in (own, other)]
+        p, q = ([value / sum(row) for value in row] for row in softened)
+        expected += 4 * sum(there * math.log(there / here) for here, there in zip(p, q, strict=True)) / 5
+    assert float(Classification().distance(scores, teacher)) == pytest.approx(expected, rel=1e-5)
+    assert float(Classification().distance(teacher, teacher)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_distance_of_embeddings_is_that_of_both_sentences() -> None:
+    own, other = numbers(3, 2, 5), numbers(3, 2, 5, seed=1)
+    cosines = [
+        float(own[pair, side] @ other[pair, side] / own[pair, side].norm() / other[pair, side].norm())
+        for pair in range(3)
+        for side in range(2)
+    ]
+    assert float(Similarity().distance(own, other)) == pytest.approx(1 - sum(cosines) / 6, rel=1e-5)
+    assert float(Similarity().distance(own, 3 * own)) == pytest.approx(0, abs=1e-6)
