@@ -67,9 +67,7 @@ def train(
 ) -> None:
     """Train with masks; the sparse checkpoint is FOLDER/train/model.safetensors."""
     if follows():
-        from tnm_pipeline.pipeline.learn import help_to_train
-
-        follow(help_to_train)
+        follow()
         return
     chosen = {**_options(folder, model, data, pattern), "run.routes": ["train"]}
     with leading():
@@ -92,9 +90,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint without training, with labels or without; writes FOLDER/convert/model.safetensors."""
     if follows():
-        from tnm_pipeline.pipeline.conversion import help_to_convert
-
-        follow(help_to_convert)
+        follow()
         return
     chosen = {
         **_options(folder, model, data, pattern),

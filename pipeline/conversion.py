@@ -125,7 +125,7 @@ def convert(context: Context) -> dict[str, Any]:
             f"the plan leaves all {len(found.plan.layers)} layers dense ({found.plan.rule}), so there is nothing to "
             "convert: add a less sparse pattern to convert.patterns, or allow more"
         )
-    summon((config, task, found.plan))
+    summon(help_to_convert, (config, task, found.plan))
     conversion = task.convert(config, model, reference, batches, found.plan, context)
     patterns = {name: str(conversion.plan.patterns[stop]) for stop, names in found.plan.stops.items() for name in names}
     made = {

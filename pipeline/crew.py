@@ -8,9 +8,11 @@ see the run folder and the data, on several machines by a shared file system.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from tnm_pipeline.pipeline.errors import ConfigError
+
+_Work = TypeVar("_Work")
 
 
 def together() -> bool:
@@ -53,20 +55,18 @@ def leading() -> Iterator[None]:
         return
     with _met():
         yield
-        summon(None)  # not after an error: others may wait for something else, and torchrun ends them
+        _tell(None)  # not after an error: others may wait for something else, and torchrun ends them
 
 
-def summon(work: Any) -> None:
-    """Tell the others what to do; `None`: nothing more. Without others, nothing.
+def summon(help_with: Callable[[_Work], None], work: _Work) -> None:
+    """Have the others help; one command may ask for different kinds of help in turn. Without others, nothing.
 
     Args:
-        work: anything that can be pickled.
+        help_with: what they do, a function of a module.
+        work: what they do it with, anything that can be pickled.
     """
-    if not together():
-        return
-    import torch.distributed as dist
-
-    dist.broadcast_object_list([work], src=0)
+    if together():
+        _tell((help_with, work))
 
 
 def meet() -> None:
@@ -77,12 +77,8 @@ def meet() -> None:
         dist.barrier()
 
 
-def follow(help_with: Callable[[Any], None]) -> None:
-    """In the other processes: do what they are told, until there is nothing more.
-
-    Args:
-        help_with: given what the first process passed to `summon`.
-    """
+def follow() -> None:
+    """In the other processes: do what the first one summons them for, until there is nothing more."""
     import torch.distributed as dist
 
     with _met():
@@ -91,7 +87,14 @@ def follow(help_with: Callable[[Any], None]) -> None:
             dist.broadcast_object_list(told, src=0)
             if told[0] is None:
                 return
-            help_with(told[0])
+            help_with, work = told[0]
+            help_with(work)
+
+
+def _tell(told: tuple[Callable[[_Work], None], _Work] | None) -> None:
+    import torch.distributed as dist
+
+    dist.broadcast_object_list([told], src=0)
 
 
 @contextmanager

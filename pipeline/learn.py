@@ -149,7 +149,7 @@ def _fit(
     config = context.config
     state = context.folder / STATE_FILE
     data = data_of(config)
-    summon((config, sparsity, state.absolute()))
+    summon(help_to_train, (config, sparsity, state.absolute()))
     result = fit(
         model,
         data,

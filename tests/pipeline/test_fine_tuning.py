@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,6 +101,8 @@ def test_pairs_are_trained_and_converted_and_scored_by_spearman(pairs: Tnm, tmp_
 
 def test_dense_baseline_teaches_what_was_converted_from_it(pairs: Tnm, tmp_path: Path) -> None:
     """One command, three stages; the teacher is not the converted network that training begins with."""
+    shutil.rmtree(tmp_path / "bert")
+    write_encoder(tmp_path / "bert", spread=0.3)
     keys = ("train.start=converted", "train.teacher=1", "train.lr=1e-9", "train.epochs=1", "run.seed=1")
     given = [part for key in keys for part in ("--set", key)]
     ended = pairs("train", "--config", "pairs.toml", "--json", *given)

@@ -19,8 +19,13 @@ def words_of(sentence: str) -> list[str]:
     return sentence.lower().split()
 
 
-def write_encoder(folder: Path) -> Path:
-    """A BERT of transformers with random weights, 2 layers, 16 wide, and its tokenizer, which knows these sentences."""
+def write_encoder(folder: Path, spread: float = 0.02) -> Path:
+    """A BERT of transformers with random weights, 2 layers, 16 wide, and its tokenizer, which knows these sentences.
+
+    Args:
+        folder: to be made.
+        spread: standard deviation of the weights; with that of BERT, layers of so few inputs add next to nothing.
+    """
     transformers: Any = importlib.import_module("transformers")
     vocabulary = _SPECIAL + sorted({word for sentence in SENTENCES for word in words_of(sentence)})
     folder.mkdir(parents=True)
@@ -29,7 +34,7 @@ def write_encoder(folder: Path) -> Path:
     config = transformers.BertConfig(
         vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2
     )
-    config.update({"intermediate_size": 32, "max_position_embeddings": 64})
+    config.update({"initializer_range": spread, "intermediate_size": 32, "max_position_embeddings": 64})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         transformers.BertModel(config).save_pretrained(folder)
