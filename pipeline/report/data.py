@@ -13,7 +13,6 @@ from tnm_pipeline.pipeline.metrics import Metric, metric_of, score_of
 from tnm_pipeline.pipeline.report.layers import LayerRow, layer_rows
 from tnm_pipeline.pipeline.stages import CHECKPOINT, RESULT, Stage, stages_of
 
-_ROUTES = ("train", "convert", "convert-unstructured")
 _Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -162,7 +161,7 @@ def read_run(folder: Path) -> Run:
     config = load_config(path)
     stages = stages_of(config, folder)
     results = {name: result for name in stages if (result := _result(folder / name / RESULT)) is not None}
-    route = _route(results)
+    route = _route(config, results)
     maker = results.get(route, {}) if route else {}
     return Run(
         folder=folder,
@@ -215,10 +214,10 @@ def _is_current(cache: StageCache, stage: Stage) -> bool:
     return cache.find(stage.name, cache.key(stage.name, stage.settings, stage.inputs)) is not None
 
 
-def _route(results: _Results) -> str | None:
+def _route(config: Config, results: _Results) -> str | None:
     if "best" in results:
         return str(results["best"]["route"])
-    made = [route for route in _ROUTES if route in results]
+    made = [route for route in config.run.routes if route in results]  # `train` may start from another one's result
     return max(made, key=lambda route: score_of(results[route]) or 0.0) if made else None
 
 

@@ -129,6 +129,14 @@ def test_stages_that_the_configuration_does_not_ask_for_are_not_shown(folder: Pa
     assert not any("converted" in label for label in labels)
 
 
+def test_what_a_training_started_from_is_no_route(folder: Path) -> None:
+    text = config_text(folder, 'run.routes=["train"]', 'train.start="converted"')
+    folder.joinpath("config.toml").write_text(text, encoding="utf-8")
+    keep(folder, ("dense", "convert", "train"))
+    edit(folder, "convert", lambda result: result.update(accuracy=1.0))
+    assert read_run(folder).route == "train"
+
+
 def test_verdict_without_a_gpu(folder: Path) -> None:
     text = verdict(read_run(folder))
     assert "2:4-T kept 94.4% against 94.2% dense (+0.2 points, 1 of 450 test samples)" in text
