@@ -18,20 +18,24 @@ from tnm_pipeline.training.kernels.masked import masked_entries, masked_weight
 _PANEL = 1 << 18  # weights for each thread: a mebibyte of float32
 _LEAST_ROWS = 128  # products with fewer are slow
 _COPIED = 1 << 20  # weights up to which a copy is as fast (docs/log.md)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def by_panels(input: Tensor, weight: Tensor) -> bool:  # noqa: A002  # Linear's own name
     """Whether `masked_linear` is for these; `linear` with a masked weight is for all others.
 
     They are small weights, other devices, formats in which panels would be rounded before they are summed up, autocast,
-    subclasses of tensors, and code that is compiled or traced, which is better off with whole operators.
+    nested tensors and subclasses of tensors, and code that is compiled or traced, which is better off with whole
+    operators.
     """
     return (
-        weight.device.type == "cpu"
+        type(input) in _PLAIN  # first: what stands for a tensor while torch.fx traces can be asked nothing
+        and not input.is_nested
+        and type(weight) in _PLAIN
+        and weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.float64)
         and input.dtype == weight.dtype
         and weight.numel() > _COPIED
-        and type(weight) in (Tensor, torch.nn.Parameter)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch leaves it so

@@ -177,6 +177,24 @@ def test_checkpointed_activations_and_copies_give_the_same_gradients(reentrant: 
         assert all(torch.equal(mine, other) for mine, other in zip(found, results[0], strict=True))
 
 
+@pytest.mark.usefixtures("panels_of_six")
+def test_a_layer_may_be_traced_by_fx_and_traces_the_same() -> None:
+    layer = sparse(8, 20)
+    inputs = random(5, 8, seed=2)
+    torch.testing.assert_close(torch.fx.symbolic_trace(nn.Sequential(layer))(inputs), whole(layer, inputs))
+
+
+@pytest.mark.usefixtures("panels_of_six")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_sentences_of_different_lengths_may_come_as_a_nested_tensor() -> None:
+    layer = sparse(8, 20)
+    parts = [random(3, 8), random(5, 8, seed=2)]
+    for layout in (torch.strided, torch.jagged):
+        outputs = layer(torch.nested.nested_tensor(parts, layout=layout)).unbind()
+        for output, part in zip(outputs, parts, strict=True):
+            torch.testing.assert_close(output, whole(layer, part))
+
+
 def test_what_is_left_to_the_whole_masked_weight() -> None:
     large, inputs = torch.ones(2048, 1024), torch.ones(2, 1024)
     assert by_panels(inputs, large)
