@@ -41,8 +41,8 @@ _INVERTED = 4  # so-manieth pulls, the first and the last among them, have an in
 def admm(parts: Sequence[Problem], group: Group) -> list[Solution]:
     """Choose the mask by ADMM and fit what it keeps.
 
-    O(iterations O K^2), in bfloat16 where the processor has it, and three inverses, O(K^3), in float32. The parts step
-    together, so that no more than one of the pulls is in memory.
+    O(iterations O K^2), in bfloat16 where the processor has it, and three or four inverses, O(K^3), in float32. The
+    parts step together, so that no more than one of the pulls is in memory.
     """
     if not parts:
         return []
@@ -66,7 +66,7 @@ def _search(parts: Sequence[Problem], damping: float, group: Group) -> list["_Se
     """Find the masks.
 
     Raises:
-        torch.linalg.LinAlgError: the damped gram matrix is not positive definite.
+        torch.linalg.LinAlgError: with the weakest pull the damped gram matrix is not positive definite.
     """
     gram, shared = parts[0].objective.gram, parts[0].shared
     ridge = damping * parts[0].objective.mean_diagonal
@@ -77,7 +77,9 @@ def _search(parts: Sequence[Problem], damping: float, group: Group) -> list["_Se
     matrix = shared.get(f"unit diagonal, {ridge}", lambda: unit_diagonal(gram, ridge))
     searches = group.each(partial(_Search, ridge=ridge, scale=scale), parts)
     if any(one.begins_off_its_minimum for one in searches):
-        group.each(partial(_Search.move_to_minimum, inverse=_inverse(matrix, 0.0)), searches)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:  # else there is no minimum. Another damping is no way out: other processes would not take it
+            group.each(partial(_Search.move_to_minimum, inverse=torch.cholesky_inverse(lower)), searches)
     for response in _responses(matrix):
         group.each(partial(_Search.pull, response=response), searches)
     return searches
@@ -170,11 +172,6 @@ def _responses(matrix: Tensor) -> Iterator[Tensor]:
 def _response(matrix: Tensor, number: int) -> Tensor:
     """The response to a pull that has an inverse of its own: (K, K) float32."""
     pull = _WEAKEST * _GROWTH**number
-    return _inverse(matrix, pull).mul_(pull)
-
-
-def _inverse(matrix: Tensor, ridge: float) -> Tensor:
-    """The inverse of matrix + ridge I, same dtype."""
-    damped = matrix.clone()
-    damped.diagonal().add_(ridge)
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    pulled = matrix.clone()
+    pulled.diagonal().add_(pull)
+    return torch.cholesky_inverse(torch.linalg.cholesky(pulled)).mul_(pull)

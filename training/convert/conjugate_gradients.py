@@ -47,8 +47,8 @@ def descend(
 ) -> tuple[Tensor, int] | None:
     """Minimise ||X W'^T - T||^2 + ridge ||W' - W||^2 over the W' that are zero off the mask.
 
-    The error falls at every step, so the result is never worse than the start, even where the steps run out; rounded
-    steps are discarded where they miss what they claim to gain by more than the tolerance.
+    The error falls at every step but for rounding, even where the steps run out. Rounded steps are discarded where they
+    miss what they claim to gain by more than the tolerance, as every eighth row tells.
 
     Args:
         objective: of the layer.

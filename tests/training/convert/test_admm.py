@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,5 +180,21 @@ def test_parts_step_together_to_what_each_comes_to_alone() -> None:
     assert admm([], Group()) == []
     for part, solution in zip(parts, together, strict=True):
         alone = admm([part], Group())[0]
+        assert torch.equal(solution.weight, alone.weight)
+        assert torch.equal(solution.mask, alone.mask)
+
+
+def test_rows_that_need_a_minimum_which_is_none_change_nothing_for_others() -> None:
+    """Other processes have other rows, and must come to the same."""
+    x, w = layer(16, 24, samples=2000)
+    vectors = torch.linalg.qr(x[:24]).Q
+    gram = vectors @ torch.diag(torch.linspace(-0.07, 1, 24, dtype=torch.float64)) @ vectors.T
+    cross = torch.zeros_like(w)
+    cross[8:] = 0.1
+    whole = Problem(replace(Objective.of(x, x @ w.T, w), gram=gram, residual_cross=cross), w, Pattern(2, 4))
+    parts = [whole.rows(slice(start, start + 8)) for start in (0, 8)]
+    for part, solution in zip(parts, admm(parts, Group()), strict=True):
+        alone = admm([part], Group())[0]
+        assert solution.iterations == PULLS * module.STEPS
         assert torch.equal(solution.weight, alone.weight)
         assert torch.equal(solution.mask, alone.mask)
