@@ -14,20 +14,21 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     The probability and not the mode, because attention of transformers hands that of its dropout module to a function.
 
     Args:
-        model: whose modules of `torch.nn` that drop out, and attention, are changed; what a `forward` of its own drops
-            out without such a module goes on.
+        model: whose modules of `torch.nn` that drop out, attention and recurrent ones among them, are changed; what a
+            `forward` of its own drops out without such a module goes on.
     """
-    modules = [module for module in model.modules() if isinstance(module, _DropoutNd)]
-    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-    before = [module.p for module in modules], [module.dropout for module in attentions]
+    places = [(module, name, getattr(module, name)) for module in model.modules() if (name := _probability(module))]
     try:
-        for module in modules:
-            module.p = 0.0
-        for attention in attentions:
-            attention.dropout = 0.0
+        for module, name, _ in places:
+            setattr(module, name, 0.0)
         yield
     finally:
-        for module, probability in zip(modules, before[0], strict=True):
-            module.p = probability
-        for attention, probability in zip(attentions, before[1], strict=True):
-            attention.dropout = probability
+        for module, name, probability in places:
+            setattr(module, name, probability)
+
+
+def _probability(module: nn.Module) -> str | None:
+    """The attribute that says how much a module drops out; None: it does not."""
+    if isinstance(module, _DropoutNd):
+        return "p"
+    return "dropout" if isinstance(module, nn.MultiheadAttention | nn.RNNBase) else None

@@ -21,15 +21,28 @@ def lent(model: nn.Module) -> Iterator[None]:
         model: with plain layers.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        with keeping_forward(model):
+            yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module in model.modules():
+            if isinstance(module, SparseLinear | SparseConv2d):
+                unmask(module)
+
+
+@contextmanager
+def keeping_forward(model: nn.Module) -> Iterator[None]:
+    """Take off what Accelerate puts onto a model.
+
+    Args:
+        model: plain or sparse.
+    """
     own = {name: value for name, value in vars(model).items() if name in _OF_ACCELERATE}
     try:
         yield
     finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
         for name in _OF_ACCELERATE:
             vars(model).pop(name, None)
         vars(model).update(own)
-        for module in model.modules():
-            if isinstance(module, SparseLinear | SparseConv2d):
-                unmask(module)

@@ -21,7 +21,8 @@ from tnm_pipeline.training.fitting import FitResult as FitResult
 from tnm_pipeline.training.fitting import History as History
 from tnm_pipeline.training.fitting import SparseTraining as SparseTraining
 from tnm_pipeline.training.image_folder import ImageSet
-from tnm_pipeline.training.lending import lent
+from tnm_pipeline.training.lending import keeping_forward, lent
+from tnm_pipeline.training.modes import evaluating
 from tnm_pipeline.training.optimizers import make_optimizer, warmup_cosine
 from tnm_pipeline.training.processes import any_says, each_says, first_says, make_accelerator, rank
 from tnm_pipeline.training.scoring import check_match, evaluate, unused_parameters
@@ -88,7 +89,8 @@ def fit(
     with ExitStack() as loans:
         loans.enter_context(lent(model))
         if teacher:
-            loans.enter_context(lent(teacher.model))
+            loans.enter_context(evaluating(teacher.model))
+            loans.enter_context(keeping_forward(teacher.model))
             loans.enter_context(without_dropout(model))
         training = _Training(model, data, config, sparsity, teacher)
         if state_path and first_says(state_path.exists):

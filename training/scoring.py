@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from tnm_pipeline.training.modes import evaluating
 from tnm_pipeline.training.sources import SourceError, Splits
 from tnm_pipeline.training.tasks import Classification, Task, TaskError
 
@@ -25,15 +26,13 @@ def evaluate(
     """
     task = task or Classification()
     size = batch_size or task.at_once
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
     predictions, targets = [], []
-    for start in range(0, len(data), size):
-        *inputs, target = data[start : start + size]
-        predictions.append(task.predict(model, [tensor.to(device) for tensor in inputs]).cpu())
-        targets.append(target)
-    model.train(training)
+    with evaluating(model):
+        for start in range(0, len(data), size):
+            *inputs, target = data[start : start + size]
+            predictions.append(task.predict(model, [tensor.to(device) for tensor in inputs]).cpu())
+            targets.append(target)
     return task.score(torch.cat(predictions), torch.cat(targets))
 
 
@@ -47,10 +46,9 @@ def check_match(model: nn.Module, data: Splits) -> None:
     if parameter is None:
         raise SourceError("the model has no parameters: there is nothing to train or to make sparse")
     *inputs, _ = data.train[:2]
-    training = model.training
     try:
-        with torch.no_grad():
-            predictions = data.task.predict(model.eval(), [tensor.to(parameter.device) for tensor in inputs])
+        with torch.no_grad(), evaluating(model):
+            predictions = data.task.predict(model, [tensor.to(parameter.device) for tensor in inputs])
         data.task.check(predictions, torch.cat([split.tensors[-1] for split in (data.train, data.test)]))
     except TaskError as error:
         raise SourceError(str(error)) from error
@@ -59,8 +57,6 @@ def check_match(model: nn.Module, data: Splits) -> None:
         raise SourceError(
             f"the model does not take the data's inputs of shape {shapes}: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        model.train(training)
 
 
 def unused_parameters(model: nn.Module, data: Splits) -> list[nn.Parameter]:
@@ -72,8 +68,7 @@ def unused_parameters(model: nn.Module, data: Splits) -> list[nn.Parameter]:
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     *inputs, _ = data.train[:2]
-    training = model.training
-    predictions = data.task.predict(model.eval(), [tensor.to(learning[0].device) for tensor in inputs])
-    model.train(training)
+    with evaluating(model):
+        predictions = data.task.predict(model, [tensor.to(learning[0].device) for tensor in inputs])
     gradients = torch.autograd.grad(predictions.sum(), learning, allow_unused=True)
     return [parameter for parameter, gradient in zip(learning, gradients, strict=True) if gradient is None]

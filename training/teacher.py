@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tnm_pipeline.training.modes import evaluating
 from tnm_pipeline.training.processes import send_weights
 from tnm_pipeline.training.tasks import Task, TaskError
 
@@ -28,8 +29,9 @@ class Teacher:
     compared as Hinton et al. do (2015, arXiv:1503.02531), embeddings of sentences by their cosine.
 
     Attributes:
-        model: trained; of any structure that takes the same inputs and gives outputs of the same shape. `fit` does not
-            change it, but moves it to its device.
+        model: trained, sparse or dense; of any structure that takes the same inputs and gives outputs of the same
+            shape. `fit` moves it to its device, gives it the first process's weights in all of them, and otherwise
+            leaves it as it was.
         share: in (0, 1]; with 1 the targets play no part.
 
     Raises:
@@ -48,14 +50,14 @@ class Lesson:
     """A teacher at work in one training.
 
     Args:
-        teacher: whose weights are, in all processes, those that the first one has.
+        teacher: in eval mode; in all processes it gets the weights that the first one has.
         task: what is learned.
         accelerator: gives device and precision, the same as the model's.
     """
 
     def __init__(self, teacher: Teacher, task: Task, accelerator: "Accelerator") -> None:
         self.share, self.task = teacher.share, task
-        self.model: nn.Module = accelerator.prepare_model(teacher.model.eval(), evaluation_mode=True)
+        self.model: nn.Module = accelerator.prepare_model(teacher.model, evaluation_mode=True)
         send_weights(self.model)
 
     def loss(self, outputs: Tensor, inputs: Sequence[Tensor], targets: Tensor) -> Tensor:
@@ -103,9 +105,6 @@ def check_teacher(teacher: Teacher, model: nn.Module, inputs: Sequence[Tensor], 
 
 
 def _outputs(model: nn.Module, inputs: Sequence[Tensor], task: Task) -> Tensor:
-    training, device = model.training, next(model.parameters()).device
-    try:
-        with torch.no_grad():
-            return task.represent(model.eval(), [tensor.to(device) for tensor in inputs])
-    finally:
-        model.train(training)
+    device = next(model.parameters()).device
+    with torch.no_grad(), evaluating(model):
+        return task.represent(model, [tensor.to(device) for tensor in inputs])

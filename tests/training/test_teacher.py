@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 from tests.training.labelled import write_encoder, write_pairs
 from tnm_pipeline.training.dropout import without_dropout
+from tnm_pipeline.training.layers import SparseLinear, make_sparse
 from tnm_pipeline.training.loop import FitConfig, SparseTraining, TrainingStoppedError, fit
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.recipes import RECIPES
@@ -100,15 +101,26 @@ def test_parts_of_a_batch_are_compared_with_the_same_parts_of_the_teachers() -> 
 
 
 def test_a_teacher_stays_as_it_is() -> None:
-    """In eval mode, or dropout and running means of batch norm would make another one of it."""
+    """It teaches in eval mode, or dropout and running means of batch norm would make another one of it."""
     teacher = net(1).train()
+    teacher[2].eval()
+    modes = [module.training for module in teacher.modules()]
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     members = set(vars(teacher))
     fit(net(0), few(), replace(CONFIG, precision="bf16"), teacher=Teacher(teacher))
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in teacher.parameters())
     assert set(vars(teacher)) == members
-    assert not any(module.training for module in teacher.modules())
+    assert [module.training for module in teacher.modules()] == modes
+
+
+def test_a_teacher_that_is_sparse_itself_keeps_its_masks() -> None:
+    teacher = net(1)
+    layer = make_sparse(teacher[1], torch.rand(16, 64, generator=torch.Generator().manual_seed(0)) > 0.5)
+    mask = layer.mask.clone()
+    fit(net(0), few(), CONFIG, sparsity=SPARSE, teacher=Teacher(teacher))
+    assert type(teacher[1]) is SparseLinear
+    assert torch.equal(teacher[1].mask, mask)
 
 
 def test_a_teacher_is_asked_once_for_each_part_in_the_precision_of_the_training() -> None:
@@ -156,6 +168,15 @@ def test_dropout_of_attention_is_put_back_after_an_error() -> None:
         fail()
     assert model.self_attn.dropout == model.dropout.p == 0.3
     assert not torch.equal(model(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_dropout_of_recurrent_layers_is_taken_out_too(kind: Callable[..., nn.RNNBase]) -> None:
+    model = kind(4, 8, num_layers=2, dropout=0.3)
+    inputs = torch.randn(3, 1, 4)
+    with without_dropout(model):
+        assert torch.equal(model(inputs)[0], model(inputs)[0])
+    assert not torch.equal(model(inputs)[0], model(inputs)[0])
 
 
 @pytest.mark.parametrize("stop_at", [3, 8, 10])

@@ -1,4 +1,4 @@
-"""What every stage of a conversion asks of a model: its layers by name, and evaluation mode for a while."""
+"""What every stage of a conversion asks of a model: its layers by name, its errors, and one thread."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,19 +7,6 @@ import torch
 from torch import nn
 
 from tnm_pipeline.training.convert.batch import CalibrationError
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every submodule's own mode again afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

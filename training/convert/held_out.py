@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from tnm_pipeline.training.convert.batch import Batch, CalibrationError, attended, check_batches
-from tnm_pipeline.training.convert.calibration import evaluating, prunable_layer
+from tnm_pipeline.training.convert.calibration import prunable_layer
 from tnm_pipeline.training.convert.passes import Passes
 from tnm_pipeline.training.convert.patches import gemm_rows
 from tnm_pipeline.training.convert.schedule import schedule
+from tnm_pipeline.training.modes import evaluating
 
 
 @dataclass(frozen=True)

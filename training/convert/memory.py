@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tnm_pipeline.training.convert.batch import Batch, forward, head, tensors_of
-from tnm_pipeline.training.convert.calibration import evaluating, model_errors, prunable_layer
+from tnm_pipeline.training.convert.calibration import model_errors, prunable_layer
 from tnm_pipeline.training.convert.least_squares import MOST_KEPT_FOR_CHOLESKY
 from tnm_pipeline.training.convert.passes import in_bfloat16
 from tnm_pipeline.training.convert.patches import ENTRIES_AT_ONCE, output_size, stride
@@ -28,6 +28,7 @@ from tnm_pipeline.training.convert.problem import ROWS_AT_ONCE
 from tnm_pipeline.training.convert.schedule import schedule
 from tnm_pipeline.training.convert.sums import COLUMNS_AT_ONCE
 from tnm_pipeline.training.layout import to_gemm
+from tnm_pipeline.training.modes import evaluating
 from tnm_pipeline.training.pattern import Pattern
 
 _FLOAT, _DOUBLE = 4, 8  # bytes

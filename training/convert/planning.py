@@ -18,7 +18,7 @@ from torch import nn
 
 from tnm_pipeline.training.convert.batch import Batch, attended, check_batches, head
 from tnm_pipeline.training.convert.budget import Budget
-from tnm_pipeline.training.convert.calibration import evaluating, model_errors, one_thread, prunable_layer
+from tnm_pipeline.training.convert.calibration import model_errors, one_thread, prunable_layer
 from tnm_pipeline.training.convert.choosing import (
     Scene,
     plan_by_error,
@@ -38,6 +38,7 @@ from tnm_pipeline.training.convert.schedule import schedule
 from tnm_pipeline.training.convert.sensitivity import after_later_layers, measure_sensitivity
 from tnm_pipeline.training.convert.work import measure_work
 from tnm_pipeline.training.layout import to_gemm
+from tnm_pipeline.training.modes import evaluating
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.selection import FOR_CONVERSION, Selection, select
 from tnm_pipeline.training.unlabelled import count_examples

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tnm_pipeline.training.convert.batch import Batch, CalibrationError, check_batches, head
-from tnm_pipeline.training.convert.calibration import evaluating, one_thread, prunable_layer
+from tnm_pipeline.training.convert.calibration import one_thread, prunable_layer
 from tnm_pipeline.training.convert.choosing import Scene, plan_by_preference
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.journal import Journal, identify
@@ -22,6 +22,7 @@ from tnm_pipeline.training.convert.walk import Walk
 from tnm_pipeline.training.convert.work import measure_work
 from tnm_pipeline.training.layout import PRUNABLE
 from tnm_pipeline.training.masks import Solver
+from tnm_pipeline.training.modes import evaluating
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.selection import FOR_CONVERSION, Selection, select
 

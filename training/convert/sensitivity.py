@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from tnm_pipeline.training.convert.batch import Batch, CalibrationError, attended, check_batches, forward, tensors_of
-from tnm_pipeline.training.convert.calibration import evaluating, prunable_layer
+from tnm_pipeline.training.convert.calibration import prunable_layer
 from tnm_pipeline.training.convert.meter import Meter, Repair, real_entries
 from tnm_pipeline.training.convert.schedule import schedule
+from tnm_pipeline.training.modes import evaluating
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.selection import Choice
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tnm_pipeline.training.convert.batch import Batch, forward, head
-from tnm_pipeline.training.convert.calibration import evaluating
 from tnm_pipeline.training.layout import PRUNABLE
+from tnm_pipeline.training.modes import evaluating
 
 
 @dataclass

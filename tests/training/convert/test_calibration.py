@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tnm_pipeline.training.convert.batch import Batch, CalibrationError, attended, check_batches, forward, head
-from tnm_pipeline.training.convert.calibration import evaluating, prunable_layer
+from tnm_pipeline.training.convert.calibration import prunable_layer
 
 NAN, INF = float("nan"), float("inf")
 
@@ -41,21 +41,6 @@ def test_attended_is_the_mask_if_it_leaves_something_out() -> None:
     assert attended({"attention_mask": torch.ones(2, 3)}) is None
     assert attended({"attention_mask": torch.zeros(2, 1, 3, 3)}) is None
     assert attended(mask) is None
-
-
-def test_evaluation_mode_ends_with_every_module_as_it_was() -> None:
-    network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.BatchNorm1d(2)).train()
-    network[2].eval()
-    before = [module.training for module in network.modules()]
-
-    def fail_inside() -> None:
-        with evaluating(network):
-            assert not any(module.training for module in network.modules())
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail_inside()
-    assert [module.training for module in network.modules()] == before
 
 
 def test_layers_by_name() -> None:
