@@ -119,8 +119,8 @@ def test_a_teacher_that_is_sparse_itself_keeps_its_masks() -> None:
     layer = make_sparse(teacher[1], torch.rand(16, 64, generator=torch.Generator().manual_seed(0)) > 0.5)
     mask = layer.mask.clone()
     fit(net(0), few(), CONFIG, sparsity=SPARSE, teacher=Teacher(teacher))
-    assert type(teacher[1]) is SparseLinear
-    assert torch.equal(teacher[1].mask, mask)
+    assert type(layer) is SparseLinear
+    assert torch.equal(layer.mask, mask)
 
 
 def test_a_teacher_is_asked_once_for_each_part_in_the_precision_of_the_training() -> None:
