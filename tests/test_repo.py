@@ -141,6 +141,7 @@ def test_importing_the_command_line_stays_light() -> None:
 def test_the_guide_shows_the_defaults() -> None:
     from tnm_pipeline.pipeline.config import Config
 
-    block = re.search(r"```toml\n(.*?)```", (ROOT / "docs/guide.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    guide = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+    block = re.search(r"```toml\n(\[run\].*?)```", guide, flags=re.DOTALL)
     assert block is not None
     assert Config.model_validate(tomllib.loads(block[1])) == Config()

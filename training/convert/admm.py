@@ -31,17 +31,16 @@ from tnm_pipeline.training.convert.step_dtype import step_dtype
 from tnm_pipeline.training.convert.unit_diagonal import unit_diagonal
 from tnm_pipeline.training.masks import keep
 
-PULLS = 9  # their number; more of fewer steps find better masks
+PULLS = 7  # their number; more of fewer steps find better masks
 STEPS = 3  # with each of them
-_WEAKEST, _STRONGEST = 0.1, 1.0  # rho, relative to the diagonal of H; each is larger than the last by one factor
+_WEAKEST, _STRONGEST = 0.2, 0.6  # rho, relative to the diagonal of H; each is larger than the last by one factor
 _GROWTH = (_STRONGEST / _WEAKEST) ** (1 / (PULLS - 1))
-_INVERTED = 4  # so-manieth pulls, the first and the last among them, have an inverse of their own
 
 
 def admm(parts: Sequence[Problem], group: Group) -> list[Solution]:
     """Choose the mask by ADMM and fit what it keeps.
 
-    O(iterations O K^2), in bfloat16 where the processor has it, and three or four inverses, O(K^3), in float32. The
+    O(iterations O K^2), in bfloat16 where the processor has it, and two or three inverses, O(K^3), in float32. The
     parts step together, so that no more than one of the pulls is in memory.
     """
     if not parts:
@@ -130,8 +129,9 @@ class _Search:
             response: (K, K), its matrix of `_responses`.
         """
         for _ in range(STEPS):
-            moved = self._held.sub_(self._unmet).sub_(self._ideal).to(response.dtype) @ response
-            pulled = moved.float().add_(self._ideal).add_(self._unmet)
+            fixed = self._unmet.add_(self._ideal)
+            moved = self._held.sub_(fixed).to(response.dtype) @ response
+            pulled = fixed.add_(moved)
             self.mask = self._problem.project(pulled)
             self._held = keep(pulled, self.mask)
             self._unmet = pulled.sub_(self._held)
@@ -148,30 +148,26 @@ class _Search:
 def _responses(matrix: Tensor) -> Iterator[Tensor]:
     """What of each pull on one weight arrives at the others, rho (H + rho I)^-1, by growing pull.
 
-    In the eigenvectors of H these are 1 / (1 + lambda / rho): over log rho a sigmoid, so nearly straight from one
-    inverse to the next that means of the two, within 0.016, serve for the pulls between them.
+    In the eigenvectors of H these are 1 / (1 + lambda / rho): over log rho a sigmoid, of which so short a piece is
+    nearly straight that means of the weakest and the strongest, within 0.015, serve for the pulls between them.
 
     Args:
         matrix: (K, K) float32, H.
 
     Yields:
         (K, K), in the dtype that steps multiply in.
+
+    Raises:
+        torch.linalg.LinAlgError: H + rho I is not positive definite.
     """
     dtype = step_dtype(matrix.device)
-    weaker = stronger = _response(matrix, 0)
+    weakest, strongest = (_response(matrix, pull) for pull in (_WEAKEST, _STRONGEST))
     for number in range(PULLS):
-        step = number % _INVERTED
-        if step == 0:
-            weaker = stronger
-            yield weaker.to(dtype)
-            stronger = _response(matrix, number + _INVERTED) if number + _INVERTED < PULLS else stronger
-        else:
-            yield torch.lerp(weaker, stronger, step / _INVERTED).to(dtype)
+        yield torch.lerp(weakest, strongest, number / (PULLS - 1)).to(dtype)
 
 
-def _response(matrix: Tensor, number: int) -> Tensor:
-    """The response to a pull that has an inverse of its own: (K, K) float32."""
-    pull = _WEAKEST * _GROWTH**number
+def _response(matrix: Tensor, pull: float) -> Tensor:
+    """The response to one pull: (K, K) float32."""
     pulled = matrix.clone()
     pulled.diagonal().add_(pull)
     return torch.cholesky_inverse(torch.linalg.cholesky(pulled)).mul_(pull)

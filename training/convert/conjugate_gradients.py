@@ -67,13 +67,14 @@ def descend(
     if not bool((diagonal > 0).all()):
         return None
     scale = diagonal.rsqrt()
-    change = start - objective.base
-    product = change @ objective.gram
-    gradient = keep((objective.residual_cross - product - ridge * (start - weight)) * scale, mask)
-    unit = float(gradient.abs().max()) or 1.0
-    error = float(((product - 2 * objective.residual_cross) * change).sum() + objective.residual_squares.sum())
-    error += ridge * float((start - weight).square().sum())
     matrix = shared.get(f"unit diagonal, {ridge}", lambda: unit_diagonal(objective.gram, ridge))
+    change, off = (start - objective.base) / scale, weight - objective.base
+    slope = torch.add(objective.residual_cross, off, alpha=ridge) * scale
+    product = _coarse_product(change, matrix) if tolerance >= _COARSE else _product(change, objective, ridge, scale)
+    gradient = keep(slope - product, mask)
+    unit = float(gradient.abs().max()) or 1.0
+    error = float(((product - 2 * slope) * change).sum() + objective.residual_squares.sum())
+    error += ridge * float(off.square().sum())
     least = _PERFECT * objective.target_square
     residual, kept = (gradient / unit).float(), mask.view(torch.uint8).float()
     goal = tolerance, error / unit**2, least / unit**2
@@ -85,6 +86,18 @@ def descend(
             solved = None
     solved = solved or _solve(matrix, residual, kept, *goal)
     return None if solved is None else (start + solved.weight.double() * scale * unit, solved.steps)
+
+
+def _product(change: Tensor, objective: Objective, ridge: float, scale: Tensor) -> Tensor:
+    """A change, in units of unit diagonal, times the damped gram matrix in these units: (O, K) float64."""
+    scaled = change * scale
+    return torch.add(scaled @ objective.gram, scaled, alpha=ridge) * scale
+
+
+def _coarse_product(change: Tensor, matrix: Tensor) -> Tensor:
+    """The same with that matrix in float32, in half the time."""
+    unit = float(change.abs().max()) or 1.0
+    return ((change / unit).float() @ matrix).double() * unit
 
 
 class _Solved(NamedTuple):
