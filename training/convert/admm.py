@@ -33,14 +33,15 @@ from tnm_pipeline.training.masks import keep
 
 PULLS = 7  # their number; more of fewer steps find better masks
 STEPS = 3  # with each of them
-_WEAKEST, _STRONGEST = 0.2, 0.6  # rho, relative to the diagonal of H; each is larger than the last by one factor
+_WEAKEST, _STRONGEST = 0.1, 0.7  # rho, relative to the diagonal of H; each is larger than the last by one factor
 _GROWTH = (_STRONGEST / _WEAKEST) ** (1 / (PULLS - 1))
+_INVERTED = 3  # so-manieth pulls, the first and the last among them, have an inverse of their own
 
 
 def admm(parts: Sequence[Problem], group: Group) -> list[Solution]:
     """Choose the mask by ADMM and fit what it keeps.
 
-    O(iterations O K^2), in bfloat16 where the processor has it, and two or three inverses, O(K^3), in float32. The
+    O(iterations O K^2), in bfloat16 where the processor has it, and three or four inverses, O(K^3), in float32. The
     parts step together, so that no more than one of the pulls is in memory.
     """
     if not parts:
@@ -148,26 +149,30 @@ class _Search:
 def _responses(matrix: Tensor) -> Iterator[Tensor]:
     """What of each pull on one weight arrives at the others, rho (H + rho I)^-1, by growing pull.
 
-    In the eigenvectors of H these are 1 / (1 + lambda / rho): over log rho a sigmoid, of which so short a piece is
-    nearly straight that means of the weakest and the strongest, within 0.015, serve for the pulls between them.
+    In the eigenvectors of H these are 1 / (1 + lambda / rho): over log rho a sigmoid, so nearly straight from one
+    inverse to the next that means of the two, within 0.010, serve for the pulls between them.
 
     Args:
         matrix: (K, K) float32, H.
 
     Yields:
         (K, K), in the dtype that steps multiply in.
-
-    Raises:
-        torch.linalg.LinAlgError: H + rho I is not positive definite.
     """
     dtype = step_dtype(matrix.device)
-    weakest, strongest = (_response(matrix, pull) for pull in (_WEAKEST, _STRONGEST))
+    weaker = stronger = _response(matrix, 0)
     for number in range(PULLS):
-        yield torch.lerp(weakest, strongest, number / (PULLS - 1)).to(dtype)
+        step = number % _INVERTED
+        if step == 0:
+            weaker = stronger
+            yield weaker.to(dtype)
+            stronger = _response(matrix, number + _INVERTED) if number + _INVERTED < PULLS else stronger
+        else:
+            yield torch.lerp(weaker, stronger, step / _INVERTED).to(dtype)
 
 
-def _response(matrix: Tensor, pull: float) -> Tensor:
-    """The response to one pull: (K, K) float32."""
+def _response(matrix: Tensor, number: int) -> Tensor:
+    """The response to a pull that has an inverse of its own: (K, K) float32."""
+    pull = _WEAKEST * _GROWTH**number
     pulled = matrix.clone()
     pulled.diagonal().add_(pull)
     return torch.cholesky_inverse(torch.linalg.cholesky(pulled)).mul_(pull)
