@@ -140,7 +140,7 @@ def _settings(config: Config, sparsity: SparseTraining | None) -> FitConfig:
 
 
 def _teacher(config: Config, model: nn.Module | None) -> Teacher | None:
-    return Teacher(model, config.train.teacher) if model else None
+    return Teacher(model, config.train.teacher, config.train.noise) if model else None
 
 
 def _fit(

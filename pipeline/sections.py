@@ -14,7 +14,7 @@ from tnm_pipeline.training.recipes import RECIPES, Recipe
 Route = Literal["train", "convert", "convert-unstructured"]
 Start = Literal["initial", "dense", "converted"]
 # Of [train]: nothing to a dense training.
-SPARSE_KEYS = ("recipe", "decay", "sampled_gradient", "backend", "start", "teacher", "dense")
+SPARSE_KEYS = ("recipe", "decay", "sampled_gradient", "backend", "start", "teacher", "noise", "dense")
 
 
 def _json_able(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -97,8 +97,8 @@ class TrainSection(Section):
     `decay` and `sampled_gradient` change the recipe, see `tnm_pipeline.training.recipes.Recipe`; `backend` how sparse
     products are computed, see `tnm_pipeline.training.backend.Packs`. `start` says which weights come first, where that
     is not what the recipe says: the initial ones, those of the dense baseline, or those converted. `teacher` is the
-    share of the dense baseline's outputs in the loss, see `tnm_pipeline.training.teacher.Teacher`. `dense` is what that
-    baseline does differently.
+    share of the dense baseline's outputs in the loss, and `noise` that of the words which are random in what both see,
+    see `tnm_pipeline.training.teacher.Teacher`. `dense` is what that baseline does differently.
     """
 
     recipe: Literal["dynamic", "static", "paper", "gradual", "dense-tail", "s-ste"] = "dynamic"
@@ -107,6 +107,7 @@ class TrainSection(Section):
     backend: Literal["masked", "auto", "sparse"] = "masked"
     start: Start | None = None
     teacher: Share = 0.0
+    noise: Share = 0.0
     dense: DenseSection = DenseSection()
     optimizer: Literal["sgd", "adamw"] = "sgd"
     epochs: Annotated[int, Field(ge=1)] = 40
@@ -126,6 +127,15 @@ class TrainSection(Section):
             raise ValueError(
                 "optimizer = adamw needs a learning rate of its own, such as lr = 1e-3, or 1e-4 for pretrained "
                 f"weights: the default, {self.lr:g}, is for sgd"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_for_a_teacher_alone(self) -> Self:
+        if self.noise and self.teacher < 1:
+            raise ValueError(
+                f"noise = {self.noise:g} changes the inputs, for which the labels would be wrong: set teacher = 1 "
+                f"(now {self.teacher:g}), which learns none of them, or noise = 0"
             )
         return self
 

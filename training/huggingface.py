@@ -80,8 +80,7 @@ class Tokenization:
             SourceError: no such tokenizer, or it refuses the sentences.
             MissingPackageError: transformers is not installed.
         """
-        source = f"tokenizer {self.tokenizer!r}"
-        tokenizer = _from_local(require("transformers", "hf", source).AutoTokenizer, self.tokenizer, source)
+        tokenizer, source = self._load()
         try:
             columns = tokenizer(list(sentences), truncation=True, max_length=self.max_length, padding=False)
         except MemoryError:
@@ -89,6 +88,28 @@ class Tokenization:
         except Exception as error:  # the tokenizers of different models refuse in different ways
             raise SourceError(f"{source} cannot take sentences of max_length {self.max_length}: {error}") from error
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def words(self) -> tuple[int, ...]:
+        """Ids that stand for text, in order: without special ones and those that BERT's vocabularies leave unused.
+
+        Raises:
+            SourceError: no such tokenizer.
+            MissingPackageError: transformers is not installed.
+        """
+        tokenizer, _ = self._load()
+        special = set(tokenizer.all_special_ids)
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
+        return tuple(
+            sorted(
+                number
+                for token, number in vocabulary.items()
+                if number not in special and not token.startswith("[unused")
+            )
+        )
+
+    def _load(self) -> tuple[Any, str]:
+        source = f"tokenizer {self.tokenizer!r}"
+        return _from_local(require("transformers", "hf", source).AutoTokenizer, self.tokenizer, source), source
 
 
 def _from_local(loader: Any, name: str, source: str, **options: Any) -> Any:

@@ -233,6 +233,7 @@ class _Training:
     def loss(self, inputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         """Mean loss of a part of a batch."""
         task = self.data.task
+        inputs = self.lesson.vary(inputs) if self.lesson else inputs
         outputs = task.represent(self.wrapped, inputs)
         return self.lesson.loss(outputs, inputs, targets) if self.lesson else task.loss(task.conclude(outputs), targets)
 

@@ -76,7 +76,7 @@ def load_pairs(
     low, high = _scale(source, scale, [float(row[score]) for row in [*rows, *tested]])
     train, names = _tokenized(tokenization, rows, columns, low, high)
     test_set, _ = _tokenized(tokenization, tested, columns, low, high)
-    task = Similarity(names)
+    task = Similarity(names, tokenization.words())
     order = task.lengths(test_set.tensors).argsort(stable=True)  # neighbours are scored together: little padding
     return Splits(train, TensorDataset(*(tensor[order] for tensor in test_set.tensors)), task)
 

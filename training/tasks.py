@@ -4,7 +4,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,18 @@ class Task(ABC):
     @abstractmethod
     def represent(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
         """What the model makes of a batch, before it becomes predictions; arguments and errors as for `predict`."""
+
+    def vary(self, inputs: Sequence[Tensor], noise: float) -> list[Tensor]:
+        """A batch that differs at random, for a teacher to say what it makes of it.
+
+        Args:
+            inputs: a batch of each input tensor, which stay as they are.
+            noise: how much differs, in [0, 1].
+
+        Raises:
+            TaskError: this task has no such noise.
+        """
+        raise TaskError(f"{type(self).__name__} knows no noise: only sentences vary, by random words. Set noise to 0")
 
     def conclude(self, outputs: Tensor) -> Tensor:
         """The predictions that follow from what `represent` gave."""
@@ -138,9 +150,11 @@ class Similarity(Task):
 
     Attributes:
         names: of the model's arguments, one for each input tensor (S, 2, T); `attention_mask` is one of them.
+        words: ids that stand for text, of `input_ids`.
     """
 
     names: tuple[str, ...] = ("input_ids", "attention_mask")
+    words: tuple[int, ...] = field(default=(), repr=False)
 
     metric = "spearman"
     at_once = 64
@@ -155,6 +169,18 @@ class Similarity(Task):
         real = arguments["attention_mask"].unsqueeze(2).to(hidden.dtype)
         embeddings: Tensor = ((hidden * real).sum(1) / real.sum(1)).unflatten(0, (-1, 2))
         return embeddings
+
+    def vary(self, inputs: Sequence[Tensor], noise: float) -> list[Tensor]:
+        """Each word becomes a random one with the probability `noise` (random replacement, Wei & Zou 2019)."""
+        if not self.words or "input_ids" not in self.names:
+            raise TaskError("noise needs input_ids and the ids of words (Similarity.words), which load_pairs gives")
+        place = self.names.index("input_ids")
+        ids = inputs[place]
+        words = torch.tensor(self.words, device=ids.device)
+        drawn = torch.rand(ids.shape)  # on the CPU, whose generator a resumed training has again
+        others = words[torch.randint(len(words), ids.shape).to(ids.device)].to(ids.dtype)
+        replaced = (drawn.to(ids.device) < noise) & torch.isin(ids, words)
+        return [torch.where(replaced, others, ids) if row == place else each for row, each in enumerate(inputs)]
 
     def conclude(self, outputs: Tensor) -> Tensor:
         """Cosines (B,)."""

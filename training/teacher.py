@@ -33,17 +33,27 @@ class Teacher:
             shape. `fit` moves it to its device, gives it the first process's weights in all of them, and otherwise
             leaves it as it was.
         share: in (0, 1]; with 1 the targets play no part.
+        noise: how much of the inputs both see changed at random, anew in each batch: the share of words in sentences.
+            For the teacher alone, since targets belong to the inputs as they are.
 
     Raises:
-        TeacherError: the share is not in (0, 1].
+        TeacherError: the share is not in (0, 1], the noise is not in [0, 1], or targets would be learned from noise.
     """
 
     model: nn.Module
     share: float = 1.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise TeacherError(f"the teacher's share is {self.share:g}: give more than 0 and at most 1, or no teacher")
+        if not 0 <= self.noise <= 1:
+            raise TeacherError(f"the noise is {self.noise:g}: give a share of the words, from 0 to 1")
+        if self.noise and self.share < 1:
+            raise TeacherError(
+                f"noise of {self.noise:g} changes inputs, and targets would be wrong: give the teacher a share of 1 "
+                f"instead of {self.share:g}, or no noise"
+            )
 
 
 class Lesson:
@@ -56,9 +66,13 @@ class Lesson:
     """
 
     def __init__(self, teacher: Teacher, task: Task, accelerator: "Accelerator") -> None:
-        self.share, self.task = teacher.share, task
+        self.share, self.noise, self.task = teacher.share, teacher.noise, task
         self.model: nn.Module = accelerator.prepare_model(teacher.model, evaluation_mode=True)
         send_weights(self.model)
+
+    def vary(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The batch that both are to see."""
+        return self.task.vary(inputs, self.noise) if self.noise else inputs
 
     def loss(self, outputs: Tensor, inputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         """Mean loss of a batch, a 0-dim tensor.
@@ -91,6 +105,8 @@ def check_teacher(teacher: Teacher, model: nn.Module, inputs: Sequence[Tensor], 
     if {id(parameter) for parameter in teacher.model.parameters()} & {id(own) for own in model.parameters()}:
         raise TeacherError("the teacher shares weights with the model that learns: give it a copy of its own")
     try:
+        if teacher.noise:
+            task.vary(inputs, teacher.noise)
         given, wanted = (_outputs(net, inputs, task) for net in (teacher.model, model))
     except TaskError as error:
         raise TeacherError(f"the teacher does not fit the task: {error}") from error

@@ -104,6 +104,7 @@ def test_what_is_valid_survives_being_written_down(tmp_path: Path, tree: dict[st
         ("convert.patterns=['2:4', ' 2:4']", "name each one once"),
         ("calibration.args={size = 64}", "args belong to a source: set calibration.source too"),
         ("train.teacher=2", "train.teacher = 2: .*less than or equal to 1"),
+        ("train.noise=0.1", r"noise = 0.1 changes the inputs, .*: set teacher = 1 \(now 0\)"),
         ("train.start=scratch", "train.start = 'scratch': .*'converted'"),
         ("train.dense.epoch=3", "unknown key train.dense.epoch: did you mean epochs?"),
         ("train.dense.lr=0", "train.dense.lr = 0"),

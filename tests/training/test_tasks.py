@@ -150,3 +150,30 @@ def test_the_distance_of_embeddings_is_that_of_both_sentences() -> None:
     ]
     assert float(Similarity().distance(own, other)) == pytest.approx(1 - sum(cosines) / 6, rel=1e-5)
     assert float(Similarity().distance(own, 3 * own)) == pytest.approx(0, abs=1e-6)
+
+
+def test_noise_replaces_words_by_others_and_nothing_else() -> None:
+    ids, mask = tokens([(40, 30)] * 50, 60)
+    ids[:, :, 0] = 2  # a special token
+    task = Similarity(words=tuple(range(5, 205)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        (varied, same), (again, _) = task.vary((ids, mask), 0.3), task.vary((ids, mask), 0.3)
+        (whole, _) = task.vary((ids, mask), 1.0)
+    assert same is mask
+    is_word = (ids >= 5) & (mask == 1)
+    assert torch.equal(varied[~is_word], ids[~is_word])
+    assert float((varied != ids)[is_word].float().mean()) == pytest.approx(0.3, abs=0.02)
+    assert not torch.equal(varied, again)
+    assert set(whole[is_word].tolist()) == set(range(5, 205))
+    assert varied.dtype == ids.dtype
+    assert torch.equal(task.vary((ids, mask), 0.0)[0], ids)
+
+
+def test_tasks_without_noise_say_so() -> None:
+    ids, mask = tokens([(3, 3)], 8)
+    with pytest.raises(TaskError, match=r"Classification knows no noise: only sentences vary"):
+        Classification().vary((ids,), 0.1)
+    for task in (Similarity(), Similarity(("tokens", "attention_mask"), (5, 6))):
+        with pytest.raises(TaskError, match=r"noise needs input_ids and the ids of words"):
+            task.vary((ids, mask), 0.1)

@@ -194,12 +194,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path: Path, stop_at: int) ->
 
 
 def test_an_encoder_learns_the_embeddings_of_another(tmp_path: Path) -> None:
-    source = f"hf:{write_encoder(tmp_path / 'bert')}"
-    pairs = str(write_pairs(tmp_path / "pairs.tsv"))
-    data = load_data(pairs, {"tokenizer": str(tmp_path / "bert"), "test_where": {"task": "2014*"}})
-    teacher, student = load_model(source, {}), load_model(source, {})
-    for parameter in teacher.parameters():
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    student, teacher, data = encoders(tmp_path)
     config = FitConfig(epochs=6, batch_size=16, optimizer="adamw", lr=2e-3)
     *inputs, _ = data.test[:]
 
@@ -211,6 +206,66 @@ def test_an_encoder_learns_the_embeddings_of_another(tmp_path: Path) -> None:
     result = fit(student, data, config, sparsity=SPARSE, teacher=Teacher(teacher))
     assert distance() < before / 2
     assert sum((row.violations or 0) + (row.violations_transposed or 0) for row in result.layers) == 0
+
+
+def encoders(folder: Path) -> tuple[nn.Module, nn.Module, Splits]:
+    """A student, a teacher, and pairs of which a third is tested."""
+    source = f"hf:{folder / 'bert'}"
+    if not (folder / "bert").exists():
+        write_encoder(folder / "bert")
+    data = load_data(
+        str(write_pairs(folder / "pairs.tsv")), {"tokenizer": str(folder / "bert"), "test_where": {"task": "2014*"}}
+    )
+    student, teacher = load_model(source, {}), load_model(source, {})
+    for parameter in teacher.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    return student, teacher, data
+
+
+def test_both_see_the_same_noise_which_is_new_in_each_batch(tmp_path: Path) -> None:
+    student, teacher, data = encoders(tmp_path)
+    seen: dict[str, list[Tensor]] = {"student": [], "teacher": []}
+    for name, model in (("student", student), ("teacher", teacher)):
+
+        def note(module: nn.Module, _: Any, given: dict[str, Tensor], name: str = name) -> None:
+            if module.training or name == "teacher":
+                seen[name].append(given["input_ids"].clone())
+
+        model.register_forward_pre_hook(note, with_kwargs=True)
+    config = FitConfig(epochs=2, batch_size=len(data.train), optimizer="adamw", lr=1e-4)
+    fit(student, data, config, teacher=Teacher(teacher, noise=0.5))
+    first, second = seen["student"]
+    assert all(torch.equal(own, other) for own, other in zip(seen["student"], seen["teacher"][1:], strict=True))
+    assert not torch.equal(*(ids.flatten().sort().values for ids in (first, second)))
+    ids = {tuple(row) for row in data.train.tensors[0].flatten(0, 1)[:, : first.shape[1]].tolist()}
+    assert sum(tuple(row) in ids for row in first.tolist()) < len(first) / 4
+
+
+def test_a_training_with_noise_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def trained(state: Path | None = None, stop_at: int = 0) -> nn.Module:
+        student, teacher, data = encoders(tmp_path)
+        done = [0]
+
+        def on_step(step: int, _: int) -> None:
+            done[0] = step
+
+        fit(
+            student,
+            data,
+            FitConfig(epochs=2, batch_size=32, optimizer="adamw", lr=1e-3, save_every=2),
+            sparsity=SPARSE,
+            teacher=Teacher(teacher, noise=0.3),
+            state_path=state,
+            on_step=on_step,
+            should_stop=lambda: done[0] == stop_at,
+        )
+        return student
+
+    state = tmp_path / "state.safetensors"
+    with pytest.raises(TrainingStoppedError):
+        trained(state, 3)
+    torch.manual_seed(12345)  # another process would have other generators
+    assert_same(trained(state), trained())
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.01, float("nan")])
@@ -233,3 +288,13 @@ def test_teachers_that_cannot_teach_are_refused_before_any_time_is_spent() -> No
     assert "gives (2, 10) and the model (2, 12) for 2 samples: they must have the same classes" in refused(fewer)
     assert "does not take inputs of shape (2, 1, 8, 8): mat1 and mat2" in refused(nn.Linear(63, 12))
     assert_same(student, net(0))
+
+
+def test_noise_that_cannot_be_meant_is_refused() -> None:
+    for noise in (-0.1, 1.5, float("nan")):
+        with pytest.raises(TeacherError, match=f"the noise is {noise:g}: give a share of the words"):
+            Teacher(net(1), noise=noise)
+    with pytest.raises(TeacherError, match=r"targets would be wrong: give the teacher a share of 1 instead of 0\.5"):
+        Teacher(net(1), 0.5, 0.1)
+    with pytest.raises(TeacherError, match=r"does not fit the task: Classification knows no noise"):
+        fit(net(0), few(), CONFIG, teacher=Teacher(net(1), noise=0.1))
