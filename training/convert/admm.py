@@ -33,7 +33,7 @@ from tnm_pipeline.training.masks import keep
 
 PULLS = 7  # their number; more of fewer steps find better masks
 STEPS = 3  # with each of them
-_WEAKEST, _STRONGEST = 0.1, 0.7  # rho, relative to the diagonal of H; each is larger than the last by one factor
+_WEAKEST, _STRONGEST = 0.1, 1.0  # rho, relative to the diagonal of H; each is larger than the last by one factor
 _GROWTH = (_STRONGEST / _WEAKEST) ** (1 / (PULLS - 1))
 _INVERTED = 3  # so-manieth pulls, the first and the last among them, have an inverse of their own
 
@@ -150,7 +150,7 @@ def _responses(matrix: Tensor) -> Iterator[Tensor]:
     """What of each pull on one weight arrives at the others, rho (H + rho I)^-1, by growing pull.
 
     In the eigenvectors of H these are 1 / (1 + lambda / rho): over log rho a sigmoid, so nearly straight from one
-    inverse to the next that means of the two, within 0.010, serve for the pulls between them.
+    inverse to the next that means of the two, within 0.016, serve for the pulls between them.
 
     Args:
         matrix: (K, K) float32, H.

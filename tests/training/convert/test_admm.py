@@ -161,13 +161,13 @@ def test_steps_are_multiplied_in_what_the_processor_has(monkeypatch: pytest.Monk
     torch.testing.assert_close(matrix.diagonal(), torch.ones(48))
     assert len(responses) == PULLS
     for number, response in enumerate(responses):
-        pull = 0.1 * 7 ** (number / (PULLS - 1))
+        pull = 10 ** (number / (PULLS - 1) - 1)
         expected = pull * torch.linalg.inv(matrix.double() + pull * torch.eye(48, dtype=torch.float64))
         inverted = number in {0, PULLS // 2, PULLS - 1}
         rounding = 2e-4 if dtype is torch.float32 else 2e-2
         off = float(torch.linalg.matrix_norm(response.double() - expected, ord=2))  # the most that any direction misses
         assert response.dtype == dtype
-        assert off < rounding + (0.0 if inverted else 0.01)
+        assert off < rounding + (0.0 if inverted else 0.016)
         assert inverted or off > 1e-3  # such as an inverse of its own would have
     assert error(problem, solution) < 0.95 * error(problem, least_squares(problem))
 
