@@ -4,8 +4,8 @@
   the dense weights, and from a checkpoint pruned to 50% unstructured (magnitude, one threshold for all layers), whose
   targets are set by that checkpoint or by the dense model.
 - EfficientNet-lite0, all 32 pointwise convolutions: one half of the images calibrates, unlabelled, the other is
-  classified, then they change places. `13% dense`: layers with at most 13% of the pointwise work stay dense, picked by
-  the tool's own sensitivity.
+  classified, then they change places; top-1 is the mean over `--splits` such halvings. `13% dense`: layers with at
+  most 13% of the pointwise work stay dense, picked by the tool's own sensitivity.
 
 Conversions are sequential and renumber channels first, unless the table says `one shot` or `order kept`.
 
@@ -114,6 +114,8 @@ def measure(case: Case, options: argparse.Namespace, *, speed_only: bool = False
     command += ["--workers", str(options.workers), "--seed", str(options.seed)]
     if case.model == "minilm":
         command += ["--sentences", str(options.sentences), "--batch", str(options.batch)]
+    else:
+        command += ["--splits", str(options.splits)]
     if options.quick:
         command += {
             "minilm": ["--pairs", "50", "--layers", "encoder.layer.0.attention.*"],
@@ -198,12 +200,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sentences", type=int, default=512, help="to calibrate with")
     parser.add_argument("--batch", type=int, default=64, help="sentences in a batch")
     parser.add_argument("--repeats", type=int, default=3, help="of AdaPrune and ADMM at 2:4")
+    parser.add_argument("--splits", type=int, default=3, help="of the images into halves")
     parser.add_argument("--workers", type=int, default=1, help="threads of a conversion")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn from the data")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     if options.quick:
-        options.sentences, options.repeats = min(options.sentences, 32), 1
+        options.sentences, options.repeats, options.splits = min(options.sentences, 32), 1, 1
     return options
 
 
@@ -211,7 +214,8 @@ def main() -> int:
     """Measure case by case; returns the exit code."""
     options = parse()
     facts = environment() | {name: package_version(name) for name in PACKAGES}
-    facts |= {name: getattr(options, name) for name in ("quick", "sentences", "batch", "repeats", "workers", "seed")}
+    named = ("quick", "sentences", "batch", "repeats", "splits", "workers", "seed")
+    facts |= {name: getattr(options, name) for name in named}
     todo = [case for case in cases(options.quick) if options.only in (None, case.model)]
     todo = [case for case in todo if case in BASELINES or re.search(options.cases, str(case))]
     found: dict[Case, list[Row]] = {}

@@ -35,14 +35,13 @@ PULLS = 7  # their number; more of fewer steps find better masks
 STEPS = 3  # with each of them
 _WEAKEST, _STRONGEST = 0.1, 1.0  # rho, relative to the diagonal of H; each is larger than the last by one factor
 _GROWTH = (_STRONGEST / _WEAKEST) ** (1 / (PULLS - 1))
-_INVERTED = 3  # so-manieth pulls of wide layers, the first and the last among them, have an inverse of their own
-_WIDE = 1152  # inputs: up to here all pulls have one, which takes little and does convolutions good (docs/log.md)
+_INVERTED = 3  # so-manieth pulls, the first and the last among them, have an inverse of their own
 
 
 def admm(parts: Sequence[Problem], group: Group) -> list[Solution]:
     """Choose the mask by ADMM and fit what it keeps.
 
-    O(iterations O K^2), in bfloat16 where the processor has it, and three to eight inverses, O(K^3), in float32. The
+    O(iterations O K^2), in bfloat16 where the processor has it, and three or four inverses, O(K^3), in float32. The
     parts step together, so that no more than one of the pulls is in memory.
     """
     if not parts:
@@ -151,7 +150,7 @@ def _responses(matrix: Tensor) -> Iterator[Tensor]:
     """What of each pull on one weight arrives at the others, rho (H + rho I)^-1, by growing pull.
 
     In the eigenvectors of H these are 1 / (1 + lambda / rho): over log rho a sigmoid, so nearly straight from one
-    inverse to the next that means of the two, within 0.016, serve for the pulls between them in wide layers.
+    inverse to the next that means of the two, within 0.016, serve for the pulls between them.
 
     Args:
         matrix: (K, K) float32, H.
@@ -159,16 +158,16 @@ def _responses(matrix: Tensor) -> Iterator[Tensor]:
     Yields:
         (K, K), in the dtype that steps multiply in.
     """
-    dtype, every = step_dtype(matrix.device), _INVERTED if len(matrix) > _WIDE else 1
+    dtype = step_dtype(matrix.device)
     weaker = stronger = _response(matrix, 0)
     for number in range(PULLS):
-        step = number % every
+        step = number % _INVERTED
         if step == 0:
             weaker = stronger
             yield weaker.to(dtype)
-            stronger = _response(matrix, number + every) if number + every < PULLS else stronger
+            stronger = _response(matrix, number + _INVERTED) if number + _INVERTED < PULLS else stronger
         else:
-            yield torch.lerp(weaker, stronger, step / every).to(dtype)
+            yield torch.lerp(weaker, stronger, step / _INVERTED).to(dtype)
 
 
 def _response(matrix: Tensor, number: int) -> Tensor:
