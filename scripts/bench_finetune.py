@@ -11,7 +11,8 @@ the encoder become 2:4-T. The arms differ in where the sparse training begins an
 - converted dense, static: from what `convert` made of those, likewise;
 - converted dense, taught: likewise, and the dense fine-tuned network of the same seed is the teacher, instead of the
   scores of people (`examples/sentence_encoder.toml`);
-- converted dense, taught, noise: likewise, for four epochs, 15% of the words being random ones, new in each batch;
+- converted dense, taught, noise: likewise, for eight epochs of batches of 16, 15% of the words being random ones, new
+  in each batch;
 - converted, converted dense: not trained after the conversion, of pretrained and of dense fine-tuned weights.
 
 Rates are chosen for each arm, the dense one included, with seed 0, by training on the pairs of 2012 and testing on
@@ -65,7 +66,7 @@ PATTERN = Pattern(2, 4, transposable=True)
 LAYERS = Selection(include=("encoder.*",), keep_last=False)
 LONGEST = 64  # tokens of a sentence
 CALIBRATION = 4096  # sentences of the training pairs
-CONFIG = FitConfig(epochs=1, batch_size=32, optimizer="adamw", weight_decay=0.01, save_every=25)
+CONFIG = FitConfig(epochs=1, optimizer="adamw", weight_decay=0.01, save_every=25)
 Row = dict[str, Any]
 
 
@@ -81,6 +82,7 @@ class Arm:
         teacher: share of the dense fine-tuned network's outputs in the loss.
         noise: share of words that random ones replace for it.
         epochs: passes for one of the dense training.
+        batch_size: pairs of a step.
         rates: tried for it; empty: those of the options.
     """
 
@@ -90,6 +92,7 @@ class Arm:
     teacher: float = 0.0
     noise: float = 0.0
     epochs: int = 1
+    batch_size: int = 32
     rates: tuple[float, ...] = ()
 
 
@@ -104,7 +107,7 @@ ARMS = (
     Arm("dense, static", "dense", "static"),
     Arm("converted dense, static", "converted dense", "static"),
     Arm("converted dense, taught", "converted dense", "static", teacher=1.0, epochs=2, rates=TAUGHT),
-    Arm("converted dense, taught, noise", "converted dense", "static", 1.0, noise=0.15, epochs=4, rates=NOISY),
+    Arm("converted dense, taught, noise", "converted dense", "static", 1.0, 0.15, epochs=8, batch_size=16, rates=NOISY),
     Arm("converted", "converted", ""),
     Arm("converted dense", "converted dense", ""),
 )
@@ -191,7 +194,8 @@ class Bench:
             row["spearman"] = evaluate(model, data.test, task=data.task)
         else:
             recipe = arm.recipe and SparseTraining(PATTERN, RECIPES[arm.recipe], LAYERS)
-            config = replace(self.config, epochs=arm.epochs * self.config.epochs, lr=rate, seed=seed)
+            epochs = arm.epochs * self.config.epochs
+            config = replace(self.config, epochs=epochs, batch_size=arm.batch_size, lr=rate, seed=seed)
             teacher = Teacher(self.weights("dense", split, seed), arm.teacher, arm.noise) if arm.teacher else None
             began = time.process_time()
             result = fit(model, data, config, sparsity=recipe or None, teacher=teacher, state_path=state)
@@ -255,6 +259,7 @@ def summary(bench: Bench, arms: Sequence[Arm], seeds: int) -> list[Row]:
                 "teacher": arm.teacher,
                 "noise": arm.noise,
                 "epochs": arm.epochs * bench.config.epochs,
+                "batch_size": arm.batch_size,
                 "lr": rates[arm.name],
                 "validation": {f"{row['lr']:g}": round(row["spearman"], 4) for row in searched},
                 "spearman": [round(score, 4) for score in scores],
