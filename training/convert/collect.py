@@ -95,7 +95,8 @@ class Collector:
     def __init__(self, group: Group, *, sequential: bool) -> None:
         self._group = group
         self._sequential = sequential
-        self._read: list[weakref.ref[Tensor]] = []
+        # by the last layer, each with how often it had been written then; None: for a convolution, or nothing yet
+        self._read: list[tuple[weakref.ref[Tensor], int]] | None = None
         self._extent: Extent | None = None
         self._grams: Grams | None = None
         self._base = torch.empty(0)
@@ -153,14 +154,18 @@ class Collector:
 
     def _extent_of(self, name: str, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen]) -> Extent:
         """The last layer's, along with its gram matrices, or a new one and no matrices yet."""
-        read = [x for one in seen for x in (*one.dense, *one.sparse)]
-        same = len(read) == len(self._read) and all(a is b() for a, b in zip(read, self._read, strict=True))
-        # every process must come to the same decision, and convolutions of other strides cut other rows
-        shared = self._group.largest(float(not same), layer.weight.device) == 0 and isinstance(layer, nn.Linear)
+        linear = isinstance(layer, nn.Linear)  # convolutions cut rows of their own
+        read = [(x, x._version) for one in seen for x in (*one.dense, *one.sparse)]
+        same = (
+            linear
+            and self._read is not None
+            and [(id(x), version) for x, version in read] == [(id(x()), version) for x, version in self._read]
+        )
+        shared = self._group.largest(float(not same), layer.weight.device) == 0  # all processes decide alike
         if not shared or self._extent is None:
             self._grams = self._lags = None
             self._extent = self._measure(name, layer, seen)
-            self._read = [weakref.ref(x) for x in read]
+            self._read = [(weakref.ref(x), version) for x, version in read] if linear else None
         return self._extent
 
     def _measure(self, name: str, layer: nn.Linear | nn.Conv2d, seen: Sequence[Seen]) -> Extent:

@@ -115,7 +115,7 @@ class Plan:
     """The whole of it.
 
     Attributes:
-        layers: in the order in which they first run, which is that of the conversion.
+        layers: in the order of their last calls, which is that of the conversion.
         skipped: the rest.
         rule: how patterns were chosen, in a few words.
     """
@@ -235,7 +235,7 @@ def draft(model: nn.Module, choice: Choice, work: Work, rule: str) -> Plan:
             dropped[name] = "does not run on the first calibration batch"
         else:
             products = sum(work.products[one] for one in runs)
-            layers[min(place[one] for one in runs)] = _layer(name, modules[name], products, tied)
+            layers[max(place[one] for one in runs)] = _layer(name, modules[name], products, tied)
     if not layers:
         raise PlanError(f"no layer is left to convert: {'; '.join(f'{name}: {why}' for name, why in dropped.items())}")
     skipped = [

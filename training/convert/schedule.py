@@ -22,7 +22,7 @@ class Schedule:
         calls: stop -> how often its modules run in one forward pass, in the order of the last of these calls. Layers
             that never run are absent.
         norms: which stops are batch norms; the others are layers.
-        normed: layers whose output goes straight into a batch norm that stops too.
+        normed: layers whose output goes straight into a batch norm that stops too, unchanged in place on the way.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
@@ -41,21 +41,22 @@ def schedule(model: nn.Module, layers: Mapping[str, Sequence[str]], batch: Batch
         norms: whether batch norms that keep statistics are stops.
     """
     plan = Schedule()
-    outputs: dict[int, str] = {}
+    outputs: dict[int, tuple[str, int]] = {}  # identity -> the layer, and how often the tensor had been written
 
     def arrive(stop: str) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = args[0] if args else kwargs["input"]
             plan.calls[stop] = plan.calls.pop(stop, 0) + 1  # moves to the end: passes wait at the last call
-            if stop in plan.norms and id(inputs) in outputs:
-                plan.normed.add(outputs[id(inputs)])
+            layer, version = outputs.get(id(inputs), ("", -1))
+            if stop in plan.norms and inputs._version == version:
+                plan.normed.add(layer)
 
         return before
 
     def leave(name: str) -> Callable[..., None]:
         def after(_: nn.Module, __: object, output: object) -> None:
             if isinstance(output, Tensor):
-                outputs[id(output)] = name
+                outputs[id(output)] = name, output._version
                 weakref.finalize(output, outputs.pop, id(output), None)  # others may get its identity
 
         return after

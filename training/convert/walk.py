@@ -151,6 +151,8 @@ class Walk:
     def _seen(self, stop: str, dense: Passes, sparse: Passes, residual: Residual | None) -> list[Seen]:
         """What the passes that have come by a layer were given, batch by batch."""
         scale = residual.affine(self.reference)[0] if residual is not None else None
+        if scale is not None and isinstance(prunable_layer(self.reference, stop), nn.Conv2d):
+            scale = scale[:, None, None]  # of (O, H, W); other outputs are (..., O)
         seen: list[Seen] = []
         for theirs, ours in zip(dense.passes, sparse.passes, strict=True):
             wanted = theirs.inputs_of(stop)
@@ -248,4 +250,4 @@ def _residuals(model: nn.Module, names: Sequence[str], example: Batch) -> dict[s
 def _correction(wanted: Tensor, given: Tensor, scale: Tensor) -> Tensor:
     """The branch's error in units of the layer's output; channels that are silenced on the way get none."""
     by = torch.where(scale == 0, 0.0, RESIDUAL_SHARE / scale).to(wanted.dtype)
-    return (wanted - given).mul_(by if wanted.dim() < 4 else by[:, None, None])
+    return (wanted - given).mul_(by)

@@ -17,8 +17,8 @@ class Work:
     """What one example costs.
 
     Attributes:
-        products: multiply-adds of every Linear and Conv2d while dense, in the order in which they first run; those that
-            do not run are absent.
+        products: multiply-adds of every Linear and Conv2d while dense, in the order of their last calls; those that do
+            not run are absent.
         unlike: layers of derived classes that do something else than a plain layer with their weight.
     """
 
@@ -39,7 +39,7 @@ def measure_work(model: nn.Module, batch: Batch) -> Work:
     def hook(name: str) -> Any:
         def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             assert isinstance(layer, PRUNABLE)
-            work.products[name] = work.products.get(name, 0) + output.numel() * layer.weight[0].numel()
+            work.products[name] = work.products.pop(name, 0) + output.numel() * layer.weight[0].numel()
             if type(layer) not in PRUNABLE and not _is_plain(layer, args[0] if args else kwargs["input"], output):
                 work.unlike.add(name)
 

@@ -135,6 +135,26 @@ def test_layers_that_read_the_same_share_the_gram_matrix_and_others_do_not() -> 
 
 
 @torch.no_grad()
+def test_a_tensor_that_was_written_since_is_another_input() -> None:
+    collector, layer = Collector(Group(), sequential=False), nn.Linear(8, 6)
+    x = inputs_of((20, 8), 0)
+    collector.collect("before", layer, [Seen([x], [x])])
+    x[:, :4] = 0
+    own, _ = collector.collect("after", layer, [Seen([x], [x])])
+    compare(own, Objective.of(x, x @ layer.weight.T, layer.weight))
+
+
+@torch.no_grad()
+def test_a_linear_layer_does_not_share_what_a_convolution_cut() -> None:
+    collector, layer = Collector(Group(), sequential=False), nn.Linear(8, 6)
+    x = inputs_of((5, 8, 3, 8), 0)  # channels first for one, last for the other
+    collector.collect("convolution", nn.Conv2d(8, 6, 1), [Seen([x], [x])])
+    own, _ = collector.collect("linear", layer, [Seen([x], [x])])
+    rows = x.flatten(0, 2)
+    compare(own, Objective.of(rows, rows @ layer.weight.T, layer.weight))
+
+
+@torch.no_grad()
 def test_halves_are_the_own_objective_of_either_half() -> None:
     layer = nn.Linear(8, 6)
     parts = [inputs_of((20, 8), seed) for seed in range(4)]

@@ -129,6 +129,24 @@ class Routed(nn.Module):
         return y
 
 
+class Again(nn.Module):
+    """Its first layer runs again after the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(self.second(self.first(x)))
+        return y
+
+
+def test_layers_that_run_again_stand_where_the_conversion_meets_them() -> None:
+    settings: dict[str, Any] = {"selection": ALL_LAYERS, "choose": "error", "most_error": 0.3}
+    made = plan(Again(), BATCHES, [ROW], **settings)
+    assert [layer.name for layer in made.layers] == ["second", "first"]
+
+
 def test_a_batch_that_gives_a_layer_nothing_does_not_test_it() -> None:
     batches = [batch.clone() for batch in BATCHES]
     batches[1][:, 0] = -1  # the one that tests other layers

@@ -127,6 +127,33 @@ def test_linear_on_sequences() -> None:
     torch.testing.assert_close(model.state_dict(), flat.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+class Residual(nn.Module):
+    """Adds a scaled branch to what its first layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.middle, self.last = nn.Linear(16, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.scale = nn.Parameter(torch.linspace(0.5, 2, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        result: Tensor = y + self.scale * self.last(self.middle(y).relu())
+        return result
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8)])  # of the positions: as many as channels along one axis
+def test_linear_on_images_with_channels_last_converts_as_on_rows(shape: tuple[int, int]) -> None:
+    batches = [batch.view(-1, *shape, 16) for batch in vectors(examples=1024)]
+    grid, rows = Residual(), Residual()
+    convert(grid, Pattern(2, 4), batches, selection=ALL)
+    convert(rows, Pattern(2, 4), [batch.flatten(0, 2) for batch in batches], selection=ALL)
+    for layer in ("first", "middle", "last"):
+        torch.testing.assert_close(weight_of(grid, layer), weight_of(rows, layer))
+        torch.testing.assert_close(bias_of(grid, layer), bias_of(rows, layer))
+
+
 @torch.no_grad()
 def test_unstructured_checkpoint_with_dense_reference() -> None:
     dense = mlp()

@@ -29,8 +29,8 @@ class Reordered(nn.Module):
         return self.first(self.last(self.first(input=x)))  # type: ignore[no-any-return]
 
 
-def test_layers_stand_in_the_order_in_which_they_first_run() -> None:
-    assert list(measure_work(Reordered(), drawn(2, 5, 4)).products.items()) == [("first", 2 * 80), ("last", 80)]
+def test_layers_stand_in_the_order_of_their_last_calls() -> None:
+    assert list(measure_work(Reordered(), drawn(2, 5, 4)).products.items()) == [("last", 80), ("first", 2 * 80)]
 
 
 class Padding(nn.Conv2d):
