@@ -180,7 +180,10 @@ class Joiner:
     def _check_pad(self, batch: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         vary = {spec.name for spec in inputs if _others(spec, batch)}
         if set(self._pad) != vary:
-            raise ValueError(f"pad is for {sorted(self._pad)}, and the inputs of varying sizes are {sorted(vary)}")
+            raise ValueError(
+                f"pad is for {sorted(self._pad)}, and the inputs of varying sizes are {sorted(vary)}: give a value for "
+                "each of these, and for no other"
+            )
         for name, value in self._pad.items():
             dtype = np.dtype(self._inputs[name].dtype)
             fits = dtype.kind == "f" if not math.isfinite(value) else _fits(value, dtype)

@@ -120,6 +120,10 @@ class StageCache:
                 return None
         return record
 
+    def is_finished(self, name: str) -> bool:
+        """Whether some run has finished a stage, with this key or another."""
+        return Record.read(self._paths(name)[0]) is not None
+
     def refuse_foreign_files(self, name: str) -> None:
         """Make sure that a stage may write into its folder.
 

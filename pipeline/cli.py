@@ -111,7 +111,8 @@ def convert(
 @app.command()
 def export(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="Sparse checkpoint; without it, the best one of the run folder.")
+        Path | None,
+        typer.Argument(help="Sparse checkpoint; without it, the best of what the last command made in FOLDER."),
     ] = None,
     trt: Annotated[bool, typer.Option("--trt", help="Build TensorRT plans too.")] = False,
     config: ConfigOption = None,
@@ -126,7 +127,7 @@ def export(
 ) -> None:
     """Export to ONNX, and with --trt build plans; everything in FOLDER/export and FOLDER/build, verified."""
     refuse_others("export")
-    config = config or _config_of(folder, checkpoint)
+    config = config or _config_of(folder, checkpoint, model)
     chosen = {**_options(folder, model, data, None), "trt.enabled": trt, "calibration.source": calibration}
     if checkpoint:
         chosen["export.checkpoint"] = str(checkpoint)
@@ -135,7 +136,7 @@ def export(
         from tnm_pipeline.pipeline.repository import check_model_name
 
         check_model_name(resolved)  # before any work
-    _run(resolved, {"verify"}, as_json)
+    _run(resolved, {"verify"}, as_json, keep=True)
     if triton:
         from tnm_pipeline.pipeline.repository import add_to_repository
 
@@ -304,21 +305,26 @@ def _options(folder: Path | None, model: str | None, data: str | None, pattern: 
     }
 
 
-def _config_of(folder: Path | None, checkpoint: Path | None) -> Path | None:
-    """The configuration that a run folder was made with, when `export` goes on from it."""
-    if folder and not checkpoint and (folder / "config.toml").is_file():
-        return folder / "config.toml"
-    return None
+def _config_of(folder: Path | None, checkpoint: Path | None, model: str | None) -> Path | None:
+    """The configuration that a run folder was made with, when `export` goes on from it; the usual folder is one."""
+    from tnm_pipeline.pipeline.sections import RunSection
+
+    if checkpoint or (folder is None and model):
+        return None
+    file = (folder or RunSection().folder) / "config.toml"
+    return file if file.is_file() else None
 
 
-def _run(config: "Config", targets: set[str] | None, as_json: bool) -> None:
+def _run(config: "Config", targets: set[str] | None, as_json: bool, *, keep: bool = False) -> None:
+    """Bring stages up to date; to keep means to refuse where what was trained or converted would be made again."""
     from rich.console import Console
 
     from tnm_pipeline.pipeline.gates import refusal
     from tnm_pipeline.pipeline.run import execute
+    from tnm_pipeline.pipeline.stages import LEARNED
     from tnm_pipeline.pipeline.summary import show, to_json
 
-    done: dict[str, Done] = execute(config, targets, console=Console(stderr=True))
+    done: dict[str, Done] = execute(config, targets, console=Console(stderr=True), keep=LEARNED if keep else ())
     if as_json:
         print_json(to_json(config, done))
     else:

@@ -66,7 +66,10 @@ def dense(context: Context) -> dict[str, Any]:
             check_match(model, data_of(config))
         save(context, model, dict(given.masks), given.record.get("layers", {}))
         return score(config, model) | {"history": None, "parameters": _parameters(model), "given": True}
-    return _fit(context, new_model(config), None) | {"given": False}
+    model = new_model(config)
+    if {"train", "convert-unstructured"} & set(config.run.routes):
+        select(model, _pattern(config), _selection(config))  # rules that leave no layer are refused before any training
+    return _fit(context, model, None) | {"given": False}
 
 
 def train(context: Context) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tnm_pipeline.pipeline.cache import StageCache, locked
 from tnm_pipeline.pipeline.config import Config
-from tnm_pipeline.pipeline.errors import Stopped
+from tnm_pipeline.pipeline.errors import ConfigError, Stopped
 from tnm_pipeline.pipeline.report import render
 from tnm_pipeline.pipeline.stages import RESULT, Context, Stage, needed_for, stages_of
 from tnm_pipeline.training.atomic import write_atomically
@@ -37,20 +37,23 @@ class Done:
     seconds: float
 
 
-def execute(config: Config, targets: set[str] | None = None, *, console: Console) -> dict[str, Done]:
+def execute(
+    config: Config, targets: set[str] | None = None, *, console: Console, keep: Collection[str] = ()
+) -> dict[str, Done]:
     """Bring the run folder up to date.
 
     Args:
         config: resolved; written to `config.toml` in the run folder.
         targets: names of the stages wanted; the stages that they need run first. None: all.
         console: where progress goes (stderr).
+        keep: stages that are not done again once they are finished.
 
     Returns:
         Stage name -> what it left, in the order of execution. Whether it is good enough is for `gates.refusal`.
 
     Raises:
         RunLocked: another process works in the folder.
-        ConfigError: a stage's folder holds files that no run made.
+        ConfigError: a stage's folder holds files that no run made, or one that is to be kept would be done again.
         Stopped: Ctrl-C; everything done is on disk.
         Exception: whatever a stage raises; earlier stages stay done.
     """
@@ -64,7 +67,7 @@ def execute(config: Config, targets: set[str] | None = None, *, console: Console
             cache.refuse_foreign_files(stage.name)
         try:
             with _progress(console) as progress:
-                done = _execute(config, wanted, cache, progress, should_stop)
+                done = _execute(config, wanted, cache, progress, should_stop, keep)
         except BaseException as error:
             _render_failed(folder, error)
             raise
@@ -81,7 +84,12 @@ def _render_failed(folder: Path, error: BaseException) -> None:
 
 
 def _execute(
-    config: Config, stages: Sequence[Stage], cache: StageCache, progress: Progress, should_stop: Callable[[], bool]
+    config: Config,
+    stages: Sequence[Stage],
+    cache: StageCache,
+    progress: Progress,
+    should_stop: Callable[[], bool],
+    keep: Collection[str],
 ) -> dict[str, Done]:
     finished: dict[str, Done] = {}
     for number, stage in enumerate(stages, start=1):
@@ -90,6 +98,12 @@ def _execute(
         record = cache.find(stage.name, key)
         cached = record is not None
         if record is None:
+            if stage.name in keep and cache.is_finished(stage.name):
+                raise ConfigError(
+                    f"{cache.folder / stage.name} was made with other settings, model code, data or another version of "
+                    f"tnm-pipeline, and would be replaced: `tnm-pipeline run --folder {cache.folder}` does that; or "
+                    "give export the checkpoint that it is to take"
+                )
             started = time.monotonic()
             folder = cache.begin(stage.name, key)
             task = progress.add_task(label, total=None)

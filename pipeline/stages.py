@@ -21,6 +21,7 @@ from tnm_pipeline.pipeline.errors import ConfigError
 
 CHECKPOINT = "model.safetensors"
 RESULT = "result.json"
+LEARNED = ("dense", "train", "prune", "convert", "convert-unstructured")  # stages that may take days
 EVENTS = "tensorboard"  # folder of event files, beside those of the stages: they are no artifacts
 _EXPORTERS = ("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")  # what decides the bytes of a graph
 _GIVEN = {"checkpoint", "given", "reference"}  # labels of inputs that the user made, not an earlier stage

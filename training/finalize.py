@@ -125,6 +125,20 @@ def _unfinished(leak: float, recipe: Recipe, when: str) -> str | None:
     return None
 
 
+def check_finite(layers: Mapping[str, SparseLayer]) -> None:
+    """Refuse weights of a training that has diverged.
+
+    Raises:
+        RuntimeError: a weight has NaN or Inf; names the layer.
+    """
+    for name, layer in layers.items():
+        if not bool(full(layer.weight).isfinite().all()):
+            raise RuntimeError(
+                f"the weight of layer {name} has NaN or Inf, so the training has diverged: go back to a checkpoint "
+                "before that, and take a smaller learning rate"
+            )
+
+
 def make_all_plain(
     model: nn.Module, layers: Mapping[str, SparseLayer], pattern: Pattern, skipped: dict[str, str], dense: str | None
 ) -> tuple[list[LayerReport], dict[str, Tensor]]:

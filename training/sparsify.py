@@ -19,7 +19,7 @@ from tnm_pipeline.training.distributed import (
     refuse_foreign_parts,
     reshard,
 )
-from tnm_pipeline.training.finalize import LayerReport, end_sparse, leak_of, make_all_plain, sparse_layers
+from tnm_pipeline.training.finalize import LayerReport, check_finite, end_sparse, leak_of, make_all_plain, sparse_layers
 from tnm_pipeline.training.kernels.pull import pull
 from tnm_pipeline.training.layers import SparseLayer, make_sparse
 from tnm_pipeline.training.masks import solve
@@ -273,7 +273,7 @@ class Sparsifier:
         Raises:
             UnfinishedTrainingError: it is too early; nothing has changed, so training may go on.
             MaskError: a mask breaks the pattern, or the copy has none; nothing has changed.
-            RuntimeError: called a second time.
+            RuntimeError: called a second time, or a weight has NaN or Inf; nothing has changed.
             AssertionError: a weight breaks its pattern after its zeros were written (a bug).
         """
         if copy is None and not self._layers:
@@ -281,6 +281,7 @@ class Sparsifier:
         model = self.model if copy is None else copy
         reshard(model)
         layers = sparse_layers(model, self.choice.chosen)
+        check_finite(layers)
         dense = None
         if self.recipe.ends_dense and leak_of(layers) == 1.0:
             dense = f"recipe {self.recipe.name} ends dense"

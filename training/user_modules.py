@@ -3,9 +3,11 @@
 After, so that a file that happens to lie beside a downloaded model cannot stand in for a library.
 """
 
+import ast
 import importlib
 import importlib.util
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +26,7 @@ def import_user_module(name: str) -> ModuleType:
 
 
 def files_behind(name: str) -> list[Path]:
-    """The source files that a module probably depends on: those of its package, or those beside it.
+    """The source files that a module probably depends on: those of its package, or of what it imports beside it.
 
     Imports nothing: the user's own code may do anything, and whether it is trusted is not known yet.
 
@@ -43,7 +45,32 @@ def files_behind(name: str) -> list[Path]:
         return []
     if spec.submodule_search_locations:
         return sorted(path for folder in spec.submodule_search_locations for path in Path(folder).rglob("*.py"))
-    return sorted(Path(spec.origin).parent.glob("*.py")) if spec.has_location and spec.origin else []
+    return sorted(_imported_beside(Path(spec.origin))) if spec.has_location and spec.origin else []
+
+
+def _imported_beside(file: Path) -> set[Path]:
+    """A file and those of the same folder, packages included, that it imports, directly or not."""
+    root, found, waiting = file.parent, {file}, [file]
+    if root in {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}:
+        return found  # an installed library, among others
+    while waiting:
+        for name in _imports(waiting.pop()):
+            own = [root / f"{name}.py", *(root / name).rglob("*.py")]
+            new = {path for path in own if path.is_file()} - found
+            found |= new
+            waiting += new
+    return found
+
+
+def _imports(file: Path) -> set[str]:
+    """Top-level names of what a file imports; none if it cannot be read, which importing it will say."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.partition(".")[0] for name in names}
 
 
 def _look_here_too() -> None:

@@ -132,24 +132,54 @@ def test_a_source_that_only_the_checkpoint_names_is_not_imported(small_run: Path
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_and_data_of_the_user(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
-        "import torch\n"
-        "def model(width):\n"
-        "    return torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.ReLU(), torch.nn.Linear(width, 3))\n",
-        encoding="utf-8",
-    )
+MINE = """import torch
+def model(width=16):
+    return torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.ReLU(), torch.nn.Linear(width, 3))
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A folder with a model and data of the user."""
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(120, 8)).astype(np.float32)
     y = x[:, :3].argmax(1)
     np.savez(tmp_path / "data.npz", x_train=x[:90], y_train=y[:90], x_test=x[90:], y_test=y[90:])
+    return tmp_path
+
+
+def test_a_model_and_data_of_the_user(mine: Path) -> None:
     ended = call(
-        tmp_path,
+        mine,
         *("train", "--model", "mine:model", "--data", "data.npz", "--folder", "out", "--json"),
-        *("--set", "model.args={width=16}", "--set", "train.epochs=3"),
+        *("--set", "model.args={width=32}", "--set", "train.epochs=3"),
     )
     assert ended.code == 0, ended.err
     assert ended.json()["stages"]["train"]["result"]["layers"][0]["violations"] == 0
+
+
+def test_export_goes_on_from_the_usual_folder_and_never_trains_again(mine: Path) -> None:
+    quick = ("--set", "train.epochs=1", "--set", "verify.max_drop=100")
+    ended = call(mine, "train", "--model", "mine:model", "--data", "data.npz", *quick)
+    assert ended.code == 0, ended.err
+    trained = (mine / "runs/default/train/model.safetensors").read_bytes()
+    (mine / "plot.py").write_text("print('has nothing to do with it')\n", encoding="utf-8")
+    ended = call(mine, "export", "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json()["stages"]["train"]["cached"]
+    (mine / "mine.py").write_text(MINE.replace("ReLU", "Tanh"), encoding="utf-8")
+    ended = call(mine, "export")
+    assert ended.code == 2
+    assert "would be replaced" in ended.err
+    assert (mine / "runs/default/train/model.safetensors").read_bytes() == trained
+
+
+@pytest.mark.parametrize("rule", ['sparsity.include=["nope"]', 'sparsity.include=["re:("]', "sparsity.pattern=16:32-T"])
+def test_rules_that_leave_no_layer_are_refused_before_any_training(mine: Path, rule: str) -> None:
+    ended = call(mine, "train", "--model", "mine:model", "--data", "data.npz", "--set", rule)
+    assert ended.code == 3, ended.err
+    assert not (mine / "runs/default/dense/model.safetensors").exists()
 
 
 def test_inspect_counts_what_is_in_the_file(small_run: Path) -> None:

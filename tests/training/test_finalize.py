@@ -95,6 +95,21 @@ def test_a_second_time_is_refused() -> None:
         sparsifier.finalize()
 
 
+def test_weights_of_a_diverged_training_are_refused_by_name() -> None:
+    model = small_net()
+    sparsifier = Sparsifier(model, sgd(model), "2:4-T")
+    name = sparsifier.choice.chosen[0]
+    weight = model.get_submodule(name).get_parameter("weight")
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match=f"layer {name} has NaN or Inf"):
+        sparsifier.finalize()
+    with torch.no_grad():
+        weight.copy_(before)
+    sparsifier.finalize()
+
+
 def test_a_dense_tail_claims_nothing() -> None:
     model = small_net()
     optimizer = sgd(model)
