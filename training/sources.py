@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -135,8 +136,9 @@ def load_data(source: str, arguments: Mapping[str, Any]) -> Splits:
     """
     if source.endswith((".tsv", ".csv")):
         pairs = importlib.import_module("tnm_pipeline.training.pairs")  # which imports this module
-        check_arguments(pairs.load_pairs, source, {"source": source, **arguments}, "data")
-        splits: Splits = pairs.load_pairs(source, **arguments)
+        load_pairs = partial(pairs.load_pairs, source)
+        check_arguments(load_pairs, source, arguments, "data")
+        splits: Splits = load_pairs(**arguments)
         return splits
     if source and source not in DATA and Path(source).is_dir():
         folders = importlib.import_module("tnm_pipeline.training.image_folder")  # likewise

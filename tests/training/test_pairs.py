@@ -109,6 +109,7 @@ def test_columns_scale_and_length_can_be_named(tmp_path: Path, tokenizer: str) -
         ({"test_fraction": 0.2, "scale": [0, 5, "x"]}, r"must be \[lowest, highest\], got \[0, 5, 'x'\]"),
         ({"test_fraction": 0.2, "scale": [0, float("inf")]}, r"must be \[lowest, highest\], got \[0, inf\]"),
         ({"test_fraction": 0.2, "length": 3}, "does not take"),
+        ({"test_fraction": 0.2, "source": "x.tsv"}, "does not take .* unexpected keyword argument 'source'"),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_refused(
