@@ -28,10 +28,12 @@ from tnm_pipeline.training.convert import (
     convert,
     layer_errors,
     plan_for,
+    planning,
     walk,
 )
 from tnm_pipeline.training.convert.choosing import Scene, plan_by_preference
 from tnm_pipeline.training.convert.methods import supports
+from tnm_pipeline.training.convert.plan import PlanError
 from tnm_pipeline.training.convert.work import measure_work
 from tnm_pipeline.training.masks import solve
 from tnm_pipeline.training.pattern import Pattern
@@ -280,6 +282,9 @@ def test_bad_requests_are_refused_before_any_work() -> None:
         refuse(method="magic")
     with pytest.raises(MethodError, match="sparsegpt cannot follow 2:4-T"):
         refuse(method="sparsegpt", pattern=Pattern(2, 4, transposable=True))
+    dense = planning.plan(mlp(), vectors(), [Pattern(2, 4)], selection=ALL, choose="zeros")
+    with pytest.raises(PlanError, match=r"leaves all 3 layers dense \(zeros .*: plan with a less sparse pattern"):
+        refuse(pattern=dense)
     with pytest.raises(CalibrationError, match="no calibration batches"):
         refuse(batches=[])
     with pytest.raises(CalibrationError, match="batch 1 is empty"):
