@@ -201,13 +201,13 @@ def test_what_cannot_be_converted_is_skipped_with_a_reason() -> None:
     assert [layer.name for layer in conversion.layers] == ["3", "7"]
     reasons = {layer.name: layer.reason for layer in conversion.plan.skipped}
     expected = {
-        "0": "first layer, kept dense",
+        "0": "registered first, kept dense",
         "1": "grouped convolution (2 groups)",
         "2": "grouped convolution (8 groups)",
         "4": "6 inputs are not a multiple of 4",
         "5.unused": "does not run",
         "6": "Doubling",
-        "8": "last layer, kept dense",
+        "8": "registered last, kept dense",
     }
     assert reasons.keys() == expected.keys()
     for name, words in expected.items():
@@ -260,7 +260,7 @@ def test_report_is_json() -> None:
     report = json.loads(json.dumps(conversion.to_dict(), allow_nan=False))
     assert report["layers"][0]["gemm_shape"] == [24, 16]
     assert report["layers"][0]["samples"] == 192
-    assert report["skipped"] == {"4": "last layer, kept dense (keep_last = true)"}
+    assert report["skipped"] == {"4": "registered last, kept dense (keep_last = true)"}
 
 
 def test_bfloat16_weights_stay_bfloat16() -> None:
