@@ -14,6 +14,10 @@ from tnm_pipeline.training.selection import Selection
 from tnm_pipeline.training.tasks import Classification
 
 
+class FitConfigError(ValueError):
+    """A training that cannot be meant: a count below 1."""
+
+
 @dataclass(frozen=True)
 class FitConfig:
     """How to train.
@@ -30,8 +34,11 @@ class FitConfig:
         weight_decay: on weights with two or more dimensions: L2 for SGD, decoupled for AdamW.
         warmup: fraction of the steps in which the rate rises linearly; then it falls as a cosine to zero.
         clip_norm: largest gradient norm.
-        seed: of initial weights and sample order.
+        seed: of sample order, augmentation and dropout; initial weights are the model's own.
         save_every: optimizer steps between state files.
+
+    Raises:
+        FitConfigError: `epochs`, `batch_size`, `accumulate` or `save_every` is less than 1.
     """
 
     epochs: int = 40
@@ -46,6 +53,11 @@ class FitConfig:
     clip_norm: float = 1.0
     seed: int = 0
     save_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise FitConfigError(f"{name} is {getattr(self, name)}: it is a count, so give 1 or more")
 
 
 @dataclass(frozen=True)

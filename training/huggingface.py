@@ -148,7 +148,8 @@ def open_dataset(name: str, split: str | None = None, subset: str | None = None)
             if subset is not None:
                 raise SourceError(f"{source} was saved to disk without subsets: leave out subset, got {subset!r}")
             return _split_of(source, datasets.load_from_disk(name), split)
-        return datasets.load_dataset(name, subset, split=split or "train")
+        loaded = datasets.load_dataset(name, subset, split=split)
+        return _split_of(source, loaded, None) if split is None else loaded
     except (MemoryError, SourceError):
         raise
     except Exception as error:  # files of any kind may lie there
@@ -159,7 +160,8 @@ def _split_of(source: str, saved: Any, split: str | None) -> Any:
     known = list(saved) if isinstance(saved, dict) else []
     if not known and split is None:
         return saved
-    if (split or "train") not in known:
+    chosen = split or (known[0] if len(known) == 1 else "train")
+    if chosen not in known:
         has = f"it has {', '.join(known)}" if known else "it is a single one: leave split out"
-        raise SourceError(f"{source} has no split {split or 'train'!r}; {has}")
-    return saved[split or "train"]
+        raise SourceError(f"{source} has no split {chosen!r}; {has}")
+    return saved[chosen]

@@ -139,9 +139,13 @@ def _fraction(source: str, rows: _Rows, fraction: float | None, seed: int) -> tu
 
 
 def _scale(source: str, scale: Sequence[float] | None, scores: Sequence[float]) -> tuple[float, float]:
-    found = [min(scores), max(scores)] if scale is None else list(scale)
-    if len(found) != 2 or not found[0] < found[1]:
-        raise SourceError(f"{source}: the scale of the scores must be [lowest, highest], got {found}")
+    found = [min(scores), max(scores)] if scale is None else scale
+    two = isinstance(found, Sequence) and len(found) == 2 and all(isinstance(value, int | float) for value in found)
+    if not two or not -math.inf < found[0] < found[1] < math.inf:
+        raise SourceError(
+            f"{source}: the scale of the scores must be [lowest, highest], got {found!r}: give two rising numbers, "
+            "such as scale = [0, 5]"
+        )
     low, high = found
     if min(scores) < low or max(scores) > high:
         raise SourceError(

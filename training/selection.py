@@ -34,8 +34,9 @@ class Selection:
     Attributes:
         include: rules; a layer must match one.
         exclude: rules; a layer must match none.
-        keep_last: leave the last prunable layer dense: it is usually the classifier, as in the paper.
-        keep_first: leave the layer dense that reads the model's input. A model that begins with an embedding has none.
+        keep_last: leave the prunable layer dense that is registered last: usually the classifier, as in the paper.
+        keep_first: leave the layer dense that is registered first: usually the one that reads the input. Where that is
+            an embedding, or of another type that stays dense anyway, no other one is left out.
         tied: choose a weight that several layers share, once for all of them. Only for what never replaces the
             layers themselves: a conversion may, training with masks may not.
         subclasses: choose classes derived from Linear and Conv2d too. Only for what checks on data that they compute
@@ -51,7 +52,7 @@ class Selection:
 
 
 FOR_CONVERSION = Selection(keep_first=True, tied=True, subclasses=True)
-"""What a conversion does unless told otherwise: first and last layer dense, shared weights handled once."""
+"""What a conversion does unless told otherwise: layers registered first and last dense, shared weights handled once."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def select(model: nn.Module, pattern: Pattern | Sequence[Pattern], selection: Se
     Args:
         model: any module.
         pattern: its M decides which shapes can ever be accelerated. Of several, one must fit.
-        selection: the rules; default: every layer but the last.
+        selection: the rules; default: every layer but the one registered last.
 
     Returns:
         The choice, printable before any work is done.
@@ -134,9 +135,9 @@ def _own_reasons(
     reasons: dict[str, str | None] = {}
     for name, layer in layers.items():
         if name == last:
-            reasons[name] = "last layer, kept dense (keep_last = true)"
+            reasons[name] = "registered last, kept dense (keep_last = true)"
         elif layer is first:
-            reasons[name] = "first layer, kept dense (keep_first = true)"
+            reasons[name] = "registered first, kept dense (keep_first = true)"
         else:
             reasons[name] = _reason_of_rules(name, layer, rules) or _reason_of_kind(layer, patterns, rules)
     return reasons

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -135,8 +136,9 @@ def load_data(source: str, arguments: Mapping[str, Any]) -> Splits:
     """
     if source.endswith((".tsv", ".csv")):
         pairs = importlib.import_module("tnm_pipeline.training.pairs")  # which imports this module
-        check_arguments(pairs.load_pairs, source, {"source": source, **arguments}, "data")
-        splits: Splits = pairs.load_pairs(source, **arguments)
+        load_pairs = partial(pairs.load_pairs, source)
+        check_arguments(load_pairs, source, arguments, "data")
+        splits: Splits = load_pairs(**arguments)
         return splits
     if source and source not in DATA and Path(source).is_dir():
         folders = importlib.import_module("tnm_pipeline.training.image_folder")  # likewise
@@ -292,18 +294,19 @@ def _dataset(source: str, split: str, x: Any, y: Any) -> TensorDataset:
         inputs, targets = torch.as_tensor(x), torch.as_tensor(y)
     except (TypeError, ValueError) as error:
         raise SourceError(f"{source}: {split} holds something else than numbers: {error}") from error
-    if targets.is_floating_point() or targets.dim() != 1:
+    if targets.is_floating_point() or targets.is_complex() or targets.dim() != 1:
         raise SourceError(f"{source}: {split} targets must be class indices of shape (S,), got {_describe(targets)}")
     if inputs.dim() == 0 or len(inputs) == 0 or len(inputs) != len(targets):
         raise SourceError(
             f"{source}: {split} has inputs {tuple(inputs.shape)} and {len(targets)} targets: want (S, ...) and S, S > 0"
         )
+    targets = targets.long()
     if int(targets.min()) < 0:
         raise SourceError(f"{source}: {split} has the target {int(targets.min())}: class indices start at 0")
     inputs = inputs.float()
     if not bool(torch.isfinite(inputs).all()):
         raise SourceError(f"{source}: {split} inputs contain NaN or Inf; clean them first")
-    return TensorDataset(inputs, targets.long())
+    return TensorDataset(inputs, targets)
 
 
 def _describe(tensor: Tensor) -> str:

@@ -73,8 +73,8 @@ def test_no_labels_are_needed(plain: Path) -> None:
     assert [row["name"] for row in result["layers"]] == ["2", "6", "8"]
     assert result["mean_error_own"] == pytest.approx(sum(row["error_own"] for row in result["layers"]) / 3)
     assert result["skipped"] == {
-        "0": "first layer, kept dense (keep_first = true)",
-        "10": "last layer, kept dense (keep_last = true)",
+        "0": "registered first, kept dense (keep_first = true)",
+        "10": "registered last, kept dense (keep_last = true)",
     }
     weight = load_file(plain / "out/convert/model.safetensors")["6.weight"]
     for matrix in (weight, weight.T):
@@ -118,7 +118,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tnm: Tnm, here: Path) -> N
     shown = tnm(*GIVEN, "--dry-run")
     assert shown.code == 0, shown.err
     assert "3 layers (first pattern that fits): 3 2:4-T; 2 skipped" in shown.out
-    assert "first layer, kept dense (keep_first = true)" in shown.out
+    assert "registered first, kept dense (keep_first = true)" in shown.out
     assert "method admm, 200 calibration examples in 4 batches" in shown.out
     assert "tensors beyond the model and the data, about" in shown.out
     plan = tnm(*GIVEN, "--dry-run", "--json").json()

@@ -14,6 +14,7 @@ from tnm_pipeline.pipeline.errors import ExitCode, exit_code, explain
 # SessionClosed, DeadlineExceeded: no command uses a session after closing it, or gives its calls a deadline.
 # CaptureRefused: a call without a CUDA graph is answered without one.
 # DataflowError: a model whose dataflow cannot be followed is converted without knowing it.
+# FitConfigError: a configuration refuses such counts itself.
 # MaskError, UnfinishedTrainingError: no command finalizes a copy, or in the middle of a training.
 # OptimizerMismatchError: every command makes the optimizer from the model itself.
 BUGS = {
@@ -23,6 +24,7 @@ BUGS = {
     "tnm_pipeline.training.convert.tracing.DataflowError",
     "tnm_pipeline.training.finalize.MaskError",
     "tnm_pipeline.training.finalize.UnfinishedTrainingError",
+    "tnm_pipeline.training.fitting.FitConfigError",
     "tnm_pipeline.training.sparsify.OptimizerMismatchError",
 }
 

@@ -232,7 +232,7 @@ def test_a_converted_route_shows_its_errors(folder: Path) -> None:
     assert layers["3"].error is not None
     assert layers["3"].error < layers["3"].error_masked
     assert layers["12"].error is None
-    assert layers["12"].why_not == "last layer, kept dense (keep_last = true)"
+    assert layers["12"].why_not == "registered last, kept dense (keep_last = true)"
     assert "masked → solved" in Page(render(folder)).words
 
 

@@ -122,7 +122,7 @@ def test_a_dense_tail_claims_nothing() -> None:
     assert [(row.pattern, row.skipped, row.kept_magnitude, row.violations) for row in rows[:2]] == [
         (None, "recipe dense-tail ends dense", None, None)
     ] * 2
-    assert rows[2].skipped == "last layer, kept dense (keep_last = true)"
+    assert rows[2].skipped == "registered last, kept dense (keep_last = true)"
     assert all(row.sparsity == 0 for row in rows)
     assert torch.equal(model(inputs), expected)
     assert list(model.state_dict()) == list(small_net().state_dict())

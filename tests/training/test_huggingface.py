@@ -249,6 +249,25 @@ def test_a_folder_of_data_files(tmp_path: Path, encoder: str, monkeypatch: pytes
     assert count_examples(loaded(tmp_path / "files", {"tokenizer": encoder}, samples=30)) == 30
 
 
+def test_the_only_split_is_taken_whatever_its_name(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import DatasetDict
+
+    alone = open_dataset(str(saved), "test")
+    DatasetDict({"test": alone}).save_to_disk(tmp_path / "alone")
+    assert open_dataset(str(tmp_path / "alone"))["text"][:] == alone["text"][:]
+    with pytest.raises(SourceError, match="no split 'train'; it has test"):
+        open_dataset(str(tmp_path / "alone"), "train")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "test.jsonl").write_text(json.dumps({"sentence": "a dog runs"}))
+    assert open_dataset(str(tmp_path / "files"))["sentence"][:] == ["a dog runs"]
+    (tmp_path / "files" / "validation.jsonl").write_text(json.dumps({"sentence": "a cat runs"}))
+    with pytest.raises(SourceError, match="no split 'train'; it has validation, test"):
+        open_dataset(str(tmp_path / "files"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "cause"),
     [

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from tnm_pipeline.training.fitting import FitConfigError
 from tnm_pipeline.training.loop import (
     FitConfig,
     FitResult,
@@ -203,6 +204,13 @@ def test_a_gradient_that_overflows_stops_before_it_reaches_the_weights() -> None
     with pytest.raises(TrainingDivergedError, match="gradient norm nan, at step 1 of 28"):
         fit(model, few(), CONFIG)
     assert bool((model.linear.weight == 0).all())
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "accumulate", "save_every"])
+@pytest.mark.parametrize("count", [0, -1])
+def test_counts_below_one_are_refused_before_any_work(name: str, count: int) -> None:
+    with pytest.raises(FitConfigError, match=f"{name} is {count}: it is a count, so give 1 or more"):
+        replace(CONFIG, **{name: count})  # type: ignore[arg-type]  # the names of the int fields
 
 
 @pytest.mark.parametrize("training", [True, False])

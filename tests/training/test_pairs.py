@@ -103,7 +103,13 @@ def test_columns_scale_and_length_can_be_named(tmp_path: Path, tokenizer: str) -
         ({"test_fraction": 0.2, "scale": [0, 4]}, r"scores go from 0 to 5, beyond the scale \[0, 4\]"),
         ({"test_fraction": 0.2, "scale": [5, 0]}, r"must be \[lowest, highest\], got \[5, 0\]"),
         ({"test_fraction": 0.2, "scale": [5]}, r"must be \[lowest, highest\], got \[5\]"),
+        ({"test_fraction": 0.2, "scale": 5}, r"got 5: give two rising numbers, such as scale = \[0, 5\]"),
+        ({"test_fraction": 0.2, "scale": "05"}, r"must be \[lowest, highest\], got '05'"),
+        ({"test_fraction": 0.2, "scale": ["0", "5"]}, r"must be \[lowest, highest\], got \['0', '5'\]"),
+        ({"test_fraction": 0.2, "scale": [0, 5, "x"]}, r"must be \[lowest, highest\], got \[0, 5, 'x'\]"),
+        ({"test_fraction": 0.2, "scale": [0, float("inf")]}, r"must be \[lowest, highest\], got \[0, inf\]"),
         ({"test_fraction": 0.2, "length": 3}, "does not take"),
+        ({"test_fraction": 0.2, "source": "x.tsv"}, "does not take .* unexpected keyword argument 'source'"),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_refused(

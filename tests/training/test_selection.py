@@ -27,21 +27,37 @@ def coder() -> nn.ModuleDict:
 def test_all_but_the_last_by_default() -> None:
     choice = select(three(), PATTERN)
     assert choice.chosen == ("0", "1")
-    assert choice.skipped == {"2": "last layer, kept dense (keep_last = true)"}
+    assert choice.skipped == {"2": "registered last, kept dense (keep_last = true)"}
     assert select(three(), PATTERN, EVERYTHING).chosen == ("0", "1", "2")
 
 
 def test_a_conversion_keeps_the_first_and_the_last() -> None:
     choice = select(three(), PATTERN, FOR_CONVERSION)
     assert choice.chosen == ("1",)
-    assert choice.skipped["0"] == "first layer, kept dense (keep_first = true)"
+    assert choice.skipped["0"] == "registered first, kept dense (keep_first = true)"
 
 
 @pytest.mark.parametrize("reader", [lambda: nn.Embedding(12, 8), lambda: nn.Conv1d(4, 8, 3)])
-def test_the_first_layer_is_the_one_that_reads_the_input(reader: Callable[[], nn.Module]) -> None:
-    """It may be of a type that stays dense anyway; then no other layer has to."""
+def test_the_layer_registered_first_may_stay_dense_by_its_type(reader: Callable[[], nn.Module]) -> None:
+    """Then no other layer has to."""
     choice = select(nn.Sequential(nn.ReLU(), reader(), three()), PATTERN, FOR_CONVERSION)
     assert choice.chosen == ("2.0", "2.1")
+
+
+def test_first_and_last_are_those_of_the_registration_whatever_runs_when() -> None:
+    class HeadFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.body, self.stem = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.head(self.body(self.stem(x)))
+            return result
+
+    assert select(HeadFirst(), PATTERN, FOR_CONVERSION).skipped == {
+        "head": "registered first, kept dense (keep_first = true)",
+        "stem": "registered last, kept dense (keep_last = true)",
+    }
 
 
 def test_globs_include_and_exclude() -> None:
@@ -206,7 +222,7 @@ def test_a_conversion_may_choose_a_shared_weight_once() -> None:
             "shares its weight with b; b is skipped: not included by a, c",
             "not included by a, c",
         ),
-        ({"keep_first": True}, "first layer, kept dense", "shares its weight with a; a is skipped: first layer"),
+        ({"keep_first": True}, "registered first", "shares its weight with a; a is skipped: registered first"),
     ],
 )
 def test_all_layers_that_share_a_weight_must_be_allowed(rules: dict[str, object], of_a: str, of_b: str) -> None:
@@ -234,7 +250,7 @@ def test_one_layer_under_two_names_is_decided_once() -> None:
 
 
 def test_nothing_left_is_an_error_that_lists_the_reasons() -> None:
-    with pytest.raises(ValueError, match=r"no layer can become 2:4-T: 0: 6 inputs .*; 1: last layer"):
+    with pytest.raises(ValueError, match=r"no layer can become 2:4-T: 0: 6 inputs .*; 1: registered last"):
         select(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)), PATTERN)
     with pytest.raises(ValueError, match="no Linear or Conv2d layer"):
         select(nn.Sequential(nn.ReLU()), PATTERN)

@@ -151,6 +151,15 @@ def test_an_npz_file(tmp_path: Path) -> None:
     assert len(data.test) == 3
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.int16])
+def test_labels_may_be_integers_of_any_type(tmp_path: Path, dtype: type[np.integer[Any]]) -> None:
+    labels = np.array([0, 1, 2, 0, 1, 2], dtype=dtype)
+    data = load_data(written(tmp_path / "a.npz", arrays(y_train=labels, y_test=labels[:3])), {})
+    for part, values in ((data.train, labels), (data.test, labels[:3])):
+        assert part.tensors[1].dtype == torch.int64
+        assert part.tensors[1].tolist() == values.tolist()
+
+
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
@@ -158,6 +167,7 @@ def test_an_npz_file(tmp_path: Path) -> None:
         ({"x_test": np.full((3, 4), np.inf)}, "test inputs contain NaN or Inf"),
         ({"x_train": np.full((6, 4), 1e300)}, "train inputs contain NaN or Inf"),  # too large for float32
         ({"y_train": np.ones(6)}, r"must be class indices of shape \(S,\), got torch.float64 \(6,\)"),
+        ({"y_train": np.ones(6, dtype=complex)}, r"class indices of shape \(S,\), got torch.complex128 \(6,\)"),
         ({"y_train": np.eye(6, dtype=int)}, r"got torch.int64 \(6, 6\)"),
         ({"y_train": np.array([0, 1, -1, 0, 1, 2])}, "target -1: class indices start at 0"),
         ({"y_train": np.array(0)}, r"got torch.int64 \(\)"),

@@ -34,7 +34,7 @@ def test_one_line_makes_a_plain_loop_sparse() -> None:
         ("3", "2:4-T", 0, 0),
         ("5", None, None, None),
     ]
-    assert rows[2].skipped == "last layer, kept dense (keep_last = true)"
+    assert rows[2].skipped == "registered last, kept dense (keep_last = true)"
     assert set(masks) == {"0", "3"}
     for name, mask in masks.items():
         assert torch.equal(model.get_parameter(f"{name}.weight") != 0, mask)

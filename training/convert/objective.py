@@ -159,11 +159,6 @@ class Objective:
         """Mean of the diagonal of the gram matrix, the unit of damping; 1 when no input was ever non-zero."""
         return float(self.gram.diagonal().mean()) or 1.0
 
-    def is_finite(self) -> bool:
-        """Whether no sum met NaN or Inf."""
-        sums = (self.gram, self.residual_cross, self.input_sum, self.residual_squares, self.target_squares)
-        return all(bool(torch.isfinite(some).all()) for some in sums)
-
     def squared_errors(self, weight: Tensor, shift: Tensor | None = None) -> Tensor:
         """||X W'^T + d - T||^2 of each output.
 

@@ -14,7 +14,7 @@ from tnm_pipeline.training.convert.choosing import Scene, plan_by_preference
 from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.journal import Journal, identify
 from tnm_pipeline.training.convert.methods import find_method
-from tnm_pipeline.training.convert.plan import Plan
+from tnm_pipeline.training.convert.plan import Plan, PlanError
 from tnm_pipeline.training.convert.reorder import find_reorderings, reorder
 from tnm_pipeline.training.convert.result import Conversion
 from tnm_pipeline.training.convert.schedule import Schedule, schedule
@@ -93,6 +93,11 @@ def convert(
             "smaller"
         )
     plan = pattern if isinstance(pattern, Plan) else plan_for(model, pattern, batches[0], selection)
+    if not plan.patterns:
+        raise PlanError(
+            f"the plan leaves all {len(plan.layers)} layers dense ({plan.rule}), so there is nothing to convert: plan "
+            "with a less sparse pattern, or allow more"
+        )
     chosen_method = find_method(method, plan.patterns.values())
     if reference is model:
         reference = None

@@ -45,8 +45,8 @@ def solve(weight: Tensor, pattern: Pattern, solver: Solver = "exact", importance
         of threads.
 
     Raises:
-        ValueError: NaN or Inf (with its place), a negative importance or one of another shape, an unknown solver, or
-            a weight that has no GEMM form.
+        ValueError: NaN, Inf or a float64 beyond float32's range (with its place), a negative importance or one of
+            another shape, an unknown solver, or a weight that has no GEMM form.
     """
     if solver not in get_args(Solver):
         raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(get_args(Solver))}")
@@ -76,8 +76,10 @@ def _solve_mask(scores: Tensor, n: int, m: int, transposable: bool, solver: str)
     matrix = to_gemm(scores)
     if matrix.numel() == 0:
         return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    if matrix.dtype not in _SHORT_FLOATS:
+        matrix = matrix.float()
     if solver == "exact" or not transposable:
-        mask, finite = _exact(matrix if matrix.dtype in _SHORT_FLOATS else matrix.float(), pattern)
+        mask, finite = _exact(matrix, pattern)
     else:
         finite = bool(torch.isfinite(matrix).all())
         mask = _by_blocks(solve_greedy if solver == "greedy" else solve_flow, matrix, pattern) if finite else matrix
@@ -110,9 +112,12 @@ def _by_blocks(solve_blocks: Callable[[Tensor, int], Tensor], matrix: Tensor, pa
 
 
 def _where_not_finite(scores: Tensor) -> str:
+    kind, way = "NaN or Inf entries", "no mask is best for it; repair the checkpoint or the importance first"
     places = (~torch.isfinite(scores)).nonzero()
-    first = places[0].tolist()
+    if not len(places):
+        kind, way = "entries beyond float32", "divide all of it by its largest magnitude, which changes no mask"
+        places = (~torch.isfinite(scores.float())).nonzero()
     return (
-        f"the weight, or the importance given in its place, has NaN or Inf entries ({len(places)} of {scores.numel()}, "
-        f"the first at {first}): no mask is best for it; repair the checkpoint or the importance first"
+        f"the weight, or the importance given in its place, has {kind} ({len(places)} of {scores.numel()}, the first "
+        f"at {places[0].tolist()}): {way}"
     )

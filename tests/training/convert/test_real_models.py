@@ -122,6 +122,6 @@ def test_the_pointwise_convolutions_of_an_efficientnet_are_converted(text: str) 
         assert violations(weight, pattern) == 0
         assert float((to_gemm(weight) != 0).double().mean()) > 0.45
     skipped = {layer.name: layer.reason for layer in conversion.plan.skipped}
-    assert skipped["_conv_stem"] == "first layer, kept dense (keep_first = true)"
+    assert skipped["_conv_stem"] == "registered first, kept dense (keep_first = true)"
     assert "grouped convolution" in skipped["_blocks.0._depthwise_conv"]
     assert bool(torch.isfinite(output_of(model, efficientnet_lite0_inputs(2, 9))).all())

@@ -28,10 +28,12 @@ from tnm_pipeline.training.convert import (
     convert,
     layer_errors,
     plan_for,
+    planning,
     walk,
 )
 from tnm_pipeline.training.convert.choosing import Scene, plan_by_preference
 from tnm_pipeline.training.convert.methods import supports
+from tnm_pipeline.training.convert.plan import PlanError
 from tnm_pipeline.training.convert.work import measure_work
 from tnm_pipeline.training.masks import solve
 from tnm_pipeline.training.pattern import Pattern
@@ -226,13 +228,13 @@ def test_what_cannot_be_converted_is_skipped_with_a_reason() -> None:
     assert [layer.name for layer in conversion.layers] == ["3", "7"]
     reasons = {layer.name: layer.reason for layer in conversion.plan.skipped}
     expected = {
-        "0": "first layer, kept dense",
+        "0": "registered first, kept dense",
         "1": "grouped convolution (2 groups)",
         "2": "grouped convolution (8 groups)",
         "4": "6 inputs are not a multiple of 4",
         "5.unused": "does not run",
         "6": "Doubling",
-        "8": "last layer, kept dense",
+        "8": "registered last, kept dense",
     }
     assert reasons.keys() == expected.keys()
     for name, words in expected.items():
@@ -285,7 +287,7 @@ def test_report_is_json() -> None:
     report = json.loads(json.dumps(conversion.to_dict(), allow_nan=False))
     assert report["layers"][0]["gemm_shape"] == [24, 16]
     assert report["layers"][0]["samples"] == 192
-    assert report["skipped"] == {"4": "last layer, kept dense (keep_last = true)"}
+    assert report["skipped"] == {"4": "registered last, kept dense (keep_last = true)"}
 
 
 def test_bfloat16_weights_stay_bfloat16() -> None:
@@ -307,6 +309,9 @@ def test_bad_requests_are_refused_before_any_work() -> None:
         refuse(method="magic")
     with pytest.raises(MethodError, match="sparsegpt cannot follow 2:4-T"):
         refuse(method="sparsegpt", pattern=Pattern(2, 4, transposable=True))
+    dense = planning.plan(mlp(), vectors(), [Pattern(2, 4)], selection=ALL, choose="zeros")
+    with pytest.raises(PlanError, match=r"leaves all 3 layers dense \(zeros .*: plan with a less sparse pattern"):
+        refuse(pattern=dense)
     with pytest.raises(CalibrationError, match="no calibration batches"):
         refuse(batches=[])
     with pytest.raises(CalibrationError, match="batch 1 is empty"):

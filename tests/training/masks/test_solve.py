@@ -131,6 +131,15 @@ def test_a_weight_that_is_not_finite_is_refused_with_the_place(solver: Solver, b
         solve(weight, TRANSPOSABLE, solver)
 
 
+@pytest.mark.parametrize("solver", ["exact", "greedy", "flow"])
+@pytest.mark.parametrize("pattern", [TRANSPOSABLE, Pattern(2, 4)], ids=str)
+def test_a_weight_beyond_float32_is_refused_with_the_place(solver: Solver, pattern: Pattern) -> None:
+    weight = torch.ones(4, 8, dtype=torch.float64)
+    weight[2, 5] = -1e300
+    with pytest.raises(ValueError, match=r"entries beyond float32 \(1 of 32, the first at \[2, 5\]\): divide all"):
+        solve(weight, pattern, solver)
+
+
 def test_an_unknown_solver_is_refused() -> None:
     with pytest.raises(ValueError, match="exact, greedy, flow"):
         solve(torch.ones(4, 4), Pattern(2, 4), "magic")  # type: ignore[arg-type]  # what a careless caller does
