@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 from tnm_pipeline.training.atomic import write_atomically
 from tnm_pipeline.training.checkpoint import CheckpointError
 from tnm_pipeline.training.distributed import reshard
-from tnm_pipeline.training.processes import count, first_says, rank
+from tnm_pipeline.training.processes import all_do, count, first_says, rank
 from tnm_pipeline.training.recipes import Recipe
 from tnm_pipeline.training.sparsify import Sparsifier
 from tnm_pipeline.training.state import random_state, set_random_state
@@ -62,7 +62,7 @@ def save_sharded(
         progress: JSON-able counters of the loop, the state of a schedule.
 
     Raises:
-        OSError: a process cannot write; the checkpoint before is still there.
+        OSError: in all processes, one cannot write; the checkpoint before is still there.
     """
     target = first_says(lambda: _clear_the_next(folder))
     reshard(model)
@@ -77,18 +77,13 @@ def save_sharded(
         "progress": dict(progress),
         "groups": None if optimizer.state else _settings(optimizer),
     }
-    tensors, others = random_state()
-    content = serialize(tensors, metadata={_GENERATORS: json.dumps(others)})
-    write_atomically(_generators_of(target, rank()), content)
-    if rank() == 0:
-        write_atomically(target / _RECORD, json.dumps(record).encode())
+    all_do(lambda: _write_own(target, record))
     try:
         with _quiet():
             save_parts(state, checkpoint_id=target)
     except CheckpointException as error:  # which is no Exception
         raise _first_cause(error) from None
-    if rank() == 0:
-        _remove_all_but(folder, target)
+    first_says(lambda: _remove_all_but(folder, target))
 
 
 def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier) -> dict[str, Any] | None:
@@ -106,18 +101,12 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, sparsifie
         The progress; None where there is no whole checkpoint, and nothing has changed.
 
     Raises:
-        CheckpointError: it is of another model, pattern or recipe, or not every process sees it.
+        CheckpointError: in all processes, it is of another model, pattern or recipe, or not every one sees it.
     """
     target = first_says(lambda: _newest(folder))
     if target is None:
         return None
-    if not (target / _COMMIT).is_file():
-        raise CheckpointError(
-            f"process {rank()} does not see {target}, which the first one does: checkpoints belong on a file system "
-            "that all processes share"
-        )
-    record = json.loads((target / _RECORD).read_text(encoding="utf-8"))
-    _check_same_sparsity(target, record, sparsifier)
+    record = all_do(lambda: _read_record(target, sparsifier))
     reshard(model)
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     with sparsifier.ignoring_steps():  # torch makes one where the optimizer has no state yet
@@ -156,6 +145,26 @@ def _clear_the_next(folder: Path) -> Path:
     target = folder / f"{int(newest.name) + 1 if newest else 1:06d}"
     target.mkdir()
     return target
+
+
+def _write_own(target: Path, record: Mapping[str, Any]) -> None:
+    """What torch does not write: this process's generators, and from the first one the record."""
+    tensors, others = random_state()
+    write_atomically(_generators_of(target, rank()), serialize(tensors, metadata={_GENERATORS: json.dumps(others)}))
+    if rank() == 0:
+        write_atomically(target / _RECORD, json.dumps(record).encode())
+
+
+def _read_record(target: Path, sparsifier: Sparsifier) -> dict[str, Any]:
+    """The record of a checkpoint that this process sees and that is of the same sparsity."""
+    if not (target / _COMMIT).is_file():
+        raise CheckpointError(
+            f"process {rank()} does not see {target}, which the first one does: checkpoints belong on a file system "
+            "that all processes share"
+        )
+    record: dict[str, Any] = json.loads((target / _RECORD).read_text(encoding="utf-8"))
+    _check_same_sparsity(target, record, sparsifier)
+    return record
 
 
 def _newest(folder: Path) -> Path | None:

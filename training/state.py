@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from tnm_pipeline.training.atomic import write_atomically
 from tnm_pipeline.training.checkpoint import CheckpointError
-from tnm_pipeline.training.processes import count, each_says, rank, wait_for_all
+from tnm_pipeline.training.processes import count, each_says, first_says, rank
 
 RandomState = tuple[dict[str, Tensor], dict[str, Any]]
 _RECORD = "tnm_pipeline.training"
@@ -36,11 +36,12 @@ def save_state(path: Path, model: nn.Module, optimizer: Optimizer, progress: dic
         model: as it trains, masks included.
         optimizer: any torch optimizer whose state holds tensors and JSON-able values.
         progress: JSON-able counters of the loop.
+
+    Raises:
+        OSError: in all processes, the first cannot write.
     """
     generators = each_says(random_state())
-    if rank() == 0:
-        write_atomically(path, _pack(model, optimizer, progress, generators))
-    wait_for_all()
+    first_says(lambda: write_atomically(path, _pack(model, optimizer, progress, generators)))
 
 
 def _pack(model: nn.Module, optimizer: Optimizer, progress: dict[str, Any], generators: Sequence[RandomState]) -> bytes:
