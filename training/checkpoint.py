@@ -60,7 +60,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         bits = np.packbits(mask.detach().cpu().numpy().reshape(-1))
         tensors[_MASK + layer] = torch.from_numpy(bits)
     record = json.dumps({"schema": _SCHEMA, **checkpoint.record}, sort_keys=True)
-    write_atomically(path, serialize(_unshared(tensors), metadata={_RECORD: record}))
+    write_atomically(path, serialize(unshared(tensors), metadata={_RECORD: record}))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -109,7 +109,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
     model.load_state_dict(given)
 
 
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors that share memory (tied weights): safetensors refuses them."""
     seen: set[int] = set()
     result = {}

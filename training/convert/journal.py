@@ -16,6 +16,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from tnm_pipeline.training.atomic import write_atomically
+from tnm_pipeline.training.checkpoint import unshared
 from tnm_pipeline.training.convert.batch import Batch, tensors_of
 
 _IDENTITY = "conversion.json"
@@ -73,7 +74,7 @@ class Journal:
     def write(self, stop: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Note that a stop is finished."""
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(self._path(stop), serialize(held, metadata={"record": json.dumps(dict(record))}))
+        write_atomically(self._path(stop), serialize(unshared(held), metadata={"record": json.dumps(dict(record))}))
 
     def _path(self, stop: str) -> Path:
         digest = hashlib.sha256(stop.encode()).hexdigest()[:8]  # names of modules may differ in case only

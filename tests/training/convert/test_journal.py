@@ -27,6 +27,18 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert again.read("a") is None
 
 
+def test_tensors_that_share_memory_come_back_in_full(tmp_path: Path) -> None:
+    bias = torch.arange(4.0)
+    Journal(tmp_path, "identity").write("a", {"a.bias": bias, "b.bias": bias, "c.bias": bias[:2]}, {})
+    found = Journal(tmp_path, "identity").read("a")
+    assert found is not None
+    assert {name: tensor.tolist() for name, tensor in found[0].items()} == {
+        "a.bias": [0, 1, 2, 3],
+        "b.bias": [0, 1, 2, 3],
+        "c.bias": [0, 1],
+    }
+
+
 def test_names_that_differ_in_case_only_and_the_model_itself_have_files_of_their_own(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "identity")
     for number, name in enumerate(("layer.A", "layer.a", "")):
