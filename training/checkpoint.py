@@ -212,10 +212,15 @@ def _refuse_not_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     bad = [
         name
         for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+        if tensor.is_floating_point() and not bool(torch.isfinite(_testable(tensor)).all())
     ]
     if bad:
         raise CheckpointError(f"{path} has NaN or Inf in {_list(bad)}: go back to the last good checkpoint")
+
+
+def _testable(tensor: Tensor) -> Tensor:
+    """Floats of 8 bits in more: torch does not test all of them for NaN."""
+    return tensor.float() if tensor.itemsize == 1 else tensor
 
 
 def _missing(name: str, given: Mapping[str, Tensor]) -> str:
