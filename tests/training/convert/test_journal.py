@@ -66,6 +66,22 @@ def test_a_damaged_identity_is_refused(tmp_path: Path, content: str) -> None:
         Journal(tmp_path, "one")
 
 
+def test_what_a_conversion_began_with_comes_back_and_must_not_be_missing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "one")
+    assert journal.read_start() is None
+    journal.write("start", {"weight": torch.ones(1)}, {})
+    with pytest.raises(JournalError, match=r"finished layers, but not start\.safetensors.*remove it to start anew"):
+        journal.read_start()
+    journal.write_start({"0.order": torch.arange(3)}, {"facts": [1]})
+    found = Journal(tmp_path, "one").read_start()
+    assert found is not None
+    assert found[0]["0.order"].tolist() == [0, 1, 2]
+    assert found[1] == {"facts": [1]}
+    damage(tmp_path / "start.safetensors", "short")
+    with pytest.raises(JournalError, match=r"start\.safetensors is damaged .*remove its folder to start anew"):
+        journal.read_start()
+
+
 def damage(path: Path, how: str) -> None:
     content = path.read_bytes()
     if how == "record":
