@@ -95,8 +95,20 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
     Raises:
         CheckpointError: names or shapes differ; the first five, the count, and the closest names.
     """
+    problems = misfits(model, checkpoint.tensors)
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model: {problems}. Is it the right model source?")
+    model.load_state_dict(checkpoint.tensors)
+
+
+def misfits(model: nn.Module, given: Mapping[str, Tensor]) -> str:
+    """Names and shapes that differ: the first five, the count, and the closest names; empty if none does.
+
+    Args:
+        model: any.
+        given: what should be its state_dict.
+    """
     expected = model.state_dict()
-    given = checkpoint.tensors
     problems = [_missing(name, given) for name in expected if name not in given]
     problems += [f"{name} is not in the model" for name in given if name not in expected]
     problems += [
@@ -104,9 +116,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
         for name, tensor in expected.items()
         if name in given and given[name].shape != tensor.shape
     ]
-    if problems:
-        raise CheckpointError(f"{path} does not fit the model: {_list(problems)}. Is it the right model source?")
-    model.load_state_dict(given)
+    return _list(problems)
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

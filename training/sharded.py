@@ -14,9 +14,8 @@ Parts and `.metadata` are pickles: read only what you wrote.
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +37,8 @@ from tnm_pipeline.training.atomic import write_atomically
 from tnm_pipeline.training.checkpoint import CheckpointError
 from tnm_pipeline.training.distributed import reshard
 from tnm_pipeline.training.processes import all_do, count, first_says, rank
-from tnm_pipeline.training.recipes import Recipe
 from tnm_pipeline.training.sparsify import Sparsifier
-from tnm_pipeline.training.state import random_state, set_random_state
+from tnm_pipeline.training.state import check_same_sparsity, random_state, set_random_state, sparsity_facts
 
 _COMMIT = ".metadata"  # torch writes it last, under another name first
 _RECORD = "record.json"
@@ -71,8 +69,7 @@ def save_sharded(
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     record = {
         "processes": count(),
-        "pattern": str(sparsifier.pattern),
-        "recipe": _facts(sparsifier.recipe),
+        **sparsity_facts(sparsifier),
         "sparsifier": sparsifier.state_dict(),
         "progress": dict(progress),
         "groups": None if optimizer.state else _settings(optimizer),
@@ -163,7 +160,7 @@ def _read_record(target: Path, sparsifier: Sparsifier) -> dict[str, Any]:
             "that all processes share"
         )
     record: dict[str, Any] = json.loads((target / _RECORD).read_text(encoding="utf-8"))
-    _check_same_sparsity(target, record, sparsifier)
+    check_same_sparsity(target, record, sparsifier, "start anew in another folder")
     return record
 
 
@@ -181,27 +178,6 @@ def _remove_all_but(folder: Path, target: Path) -> None:
         if old != target:
             (old / _COMMIT).unlink(missing_ok=True)  # first: half of a checkpoint must not look like a whole one
             shutil.rmtree(old)
-
-
-def _check_same_sparsity(target: Path, record: Mapping[str, Any], sparsifier: Sparsifier) -> None:
-    saved = {"pattern": record["pattern"]} | record["recipe"]
-    own = {"pattern": str(sparsifier.pattern)} | _facts(sparsifier.recipe)
-    differ = [key for key in own if saved.get(key) != own[key]]
-    if differ:
-        raise CheckpointError(
-            f"{target} was saved while training with {_named(saved, differ)}, the Sparsifier was made for "
-            f"{_named(own, differ)}: make it with the former to go on, or start anew in another folder"
-        )
-
-
-def _facts(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe does, as JSON gives it back; the summary is for people."""
-    facts: dict[str, Any] = json.loads(json.dumps(asdict(replace(recipe, summary=""))))
-    return facts
-
-
-def _named(facts: Mapping[str, Any], keys: Iterable[str]) -> str:
-    return ", ".join(f"{key} {facts.get(key)}" for key in keys)
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:

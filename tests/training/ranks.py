@@ -248,7 +248,7 @@ def failing(folder: Path) -> dict[str, str]:
         "writing": with_fault("write_atomically", 1, save),
         "removing": with_fault("_remove_all_but", 0, save),
         "finding": with_fault("_newest", 0, load),
-        "reading": with_fault("_check_same_sparsity", 1, load),
+        "reading": with_fault("check_same_sparsity", 1, load),
         "state": error_of(lambda: save_state(folder, plain, SGD(plain.parameters()), {})),
         "after": error_of(load),
     }
