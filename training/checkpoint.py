@@ -74,13 +74,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         The checkpoint, on the CPU.
 
     Raises:
-        CheckpointError: missing, truncated, another file type in disguise, holds code, or has NaN or Inf weights.
+        CheckpointError: missing, truncated, another file in disguise, holds code, or has NaN, Inf or 4-bit weights.
     """
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     _refuse_disguises(path)
     checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    _refuse_not_finite(path, checkpoint.tensors)
+    _refuse_bad_weights(path, checkpoint.tensors)
     return checkpoint
 
 
@@ -218,7 +218,10 @@ def _refuse_disguises(path: Path) -> None:
         raise CheckpointError(f"{path} is a web page, not weights: the download failed; fetch it again")
 
 
-def _refuse_not_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _refuse_bad_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    packed = [name for name, tensor in tensors.items() if tensor.dtype == torch.float4_e2m1fn_x2]
+    if packed:
+        raise CheckpointError(f"{path} has 4-bit floats in {_list(packed)}, which torch only stores: dequantize first")
     bad = [
         name
         for name, tensor in tensors.items()

@@ -96,6 +96,12 @@ def test_weights_of_8_bits_are_read_into_a_model_of_32(tmp_path: Path) -> None:
     assert "NaN or Inf in weight" in refusal(path)
 
 
+def test_weights_of_4_bits_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.zeros(2, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, path)
+    assert "4-bit floats in w, which torch only stores: dequantize first" in refusal(path)
+
+
 def test_tied_weights_and_views_are_written_in_full(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     base = torch.arange(12.0).reshape(3, 4)
