@@ -60,7 +60,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         bits = np.packbits(mask.detach().cpu().numpy().reshape(-1))
         tensors[_MASK + layer] = torch.from_numpy(bits)
     record = json.dumps({"schema": _SCHEMA, **checkpoint.record}, sort_keys=True)
-    write_atomically(path, serialize(_unshared(tensors), metadata={_RECORD: record}))
+    write_atomically(path, serialize(unshared(tensors), metadata={_RECORD: record}))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -74,13 +74,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         The checkpoint, on the CPU.
 
     Raises:
-        CheckpointError: missing, truncated, another file type in disguise, holds code, or has NaN or Inf weights.
+        CheckpointError: missing, truncated, another file in disguise, holds code, or has NaN, Inf or 4-bit weights.
     """
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     _refuse_disguises(path)
     checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    _refuse_not_finite(path, checkpoint.tensors)
+    _refuse_bad_weights(path, checkpoint.tensors)
     return checkpoint
 
 
@@ -95,8 +95,20 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
     Raises:
         CheckpointError: names or shapes differ; the first five, the count, and the closest names.
     """
+    problems = misfits(model, checkpoint.tensors)
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model: {problems}. Is it the right model source?")
+    model.load_state_dict(checkpoint.tensors)
+
+
+def misfits(model: nn.Module, given: Mapping[str, Tensor]) -> str:
+    """Names and shapes that differ: the first five, the count, and the closest names; empty if none does.
+
+    Args:
+        model: any.
+        given: what should be its state_dict.
+    """
     expected = model.state_dict()
-    given = checkpoint.tensors
     problems = [_missing(name, given) for name in expected if name not in given]
     problems += [f"{name} is not in the model" for name in given if name not in expected]
     problems += [
@@ -104,12 +116,10 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
         for name, tensor in expected.items()
         if name in given and given[name].shape != tensor.shape
     ]
-    if problems:
-        raise CheckpointError(f"{path} does not fit the model: {_list(problems)}. Is it the right model source?")
-    model.load_state_dict(given)
+    return _list(problems)
 
 
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors that share memory (tied weights): safetensors refuses them."""
     seen: set[int] = set()
     result = {}
@@ -208,14 +218,22 @@ def _refuse_disguises(path: Path) -> None:
         raise CheckpointError(f"{path} is a web page, not weights: the download failed; fetch it again")
 
 
-def _refuse_not_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _refuse_bad_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    packed = [name for name, tensor in tensors.items() if tensor.dtype == torch.float4_e2m1fn_x2]
+    if packed:
+        raise CheckpointError(f"{path} has 4-bit floats in {_list(packed)}, which torch only stores: dequantize first")
     bad = [
         name
         for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+        if tensor.is_floating_point() and not bool(torch.isfinite(_testable(tensor)).all())
     ]
     if bad:
         raise CheckpointError(f"{path} has NaN or Inf in {_list(bad)}: go back to the last good checkpoint")
+
+
+def _testable(tensor: Tensor) -> Tensor:
+    """Floats of 8 bits in more: torch does not test all of them for NaN."""
+    return tensor.float() if tensor.itemsize == 1 else tensor
 
 
 def _missing(name: str, given: Mapping[str, Tensor]) -> str:

@@ -137,7 +137,7 @@ def check_in_sync(step: int, masks: Mapping[str, Tensor], group: dist.ProcessGro
 
     Args:
         step: optimizer steps done.
-        masks: layer name -> bool mask, in the same order everywhere.
+        masks: layer name -> bool mask, in the same order everywhere, on any devices.
         group: the processes; None: all.
 
     Raises:
@@ -146,7 +146,7 @@ def check_in_sync(step: int, masks: Mapping[str, Tensor], group: dist.ProcessGro
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
     device = next(iter(masks.values())).device
-    mine = torch.stack([torch.tensor(step, device=device), *(digest(mask) for mask in masks.values())])
+    mine = torch.stack([torch.tensor(step, device=device), *(digest(mask).to(device) for mask in masks.values())])
     everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyones, mine, group=group)
     table = torch.stack(everyones).cpu()  # (processes, 1 + layers)

@@ -79,6 +79,7 @@ def fit(
         TeacherError: the teacher cannot take the data, or does not fit the model.
         BatchSizeError: a batch cannot be cut into equal parts for the processes and what each computes at a time.
         PrecisionError: fp16 without a GPU.
+        CheckpointError: the state file is damaged, or of another model, optimizer, pattern or recipe.
         TrainingDivergedError: NaN or infinite loss or gradient; the last good state stays on disk.
         TrainingStoppedError: `should_stop` said so; the state is on disk. After this and any other error the model is
             plain, with the weights that it had come to.
@@ -247,11 +248,11 @@ class _Training:
             "sparsifier": self.sparsifier.state_dict() if self.sparsifier else None,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
-        save_state(path, self.model, self.optimizer, progress)
+        save_state(path, self.model, self.optimizer, progress, self.sparsifier)
 
     def restore(self, path: Path) -> None:
         """Go back to where `save` was called."""
-        progress = load_state(path, self.model, self.optimizer)
+        progress = load_state(path, self.model, self.optimizer, self.sparsifier)
         self.done, sums = progress["step"], progress["loss_sums"]
         same = len(sums) == self.accelerator.num_processes
         self.loss_sum = sums[self.accelerator.process_index] if same else sum(sums) / len(sums)

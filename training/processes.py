@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -103,13 +103,41 @@ def rank() -> int:
 
 
 def first_says(find: Callable[[], T]) -> T:
-    """What the first process finds, in all of them; the others do not look."""
+    """What the first process finds, in all of them; the others do not look, and wait.
+
+    Raises:
+        Exception: in all of them, what it raised in the first.
+    """
     if count() == 1:
         return find()
-    found: list[Any] = [find() if rank() == 0 else None]
+    found: list[Any] = [*_outcome(find)] if rank() == 0 else [None, None]
     dist.broadcast_object_list(found, src=0)
-    answer: T = found[0]
-    return answer
+    answer, error = found
+    if error is not None:
+        raise error
+    return cast(T, answer)
+
+
+def all_do(act: Callable[[], T]) -> T:
+    """What this process gets from something that all do; where one fails, none goes on to wait for it.
+
+    Raises:
+        Exception: in all of them, its own, or else that of the first process in which something failed.
+    """
+    answer, own = _outcome(act)
+    others = each_says(own)
+    error = own or next((one for one in others if one is not None), None)
+    if error is not None:
+        raise error
+    return cast(T, answer)
+
+
+def _outcome(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The answer or the error."""
+    try:
+        return act(), None
+    except Exception as error:  # whatever it is, it is raised later
+        return None, error
 
 
 def each_says(value: T) -> list[T]:
@@ -144,12 +172,6 @@ def send_weights(model: "nn.Module") -> None:
     if count() > 1:
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.detach(), src=0)
-
-
-def wait_for_all() -> None:
-    """Go on when every process has come here."""
-    if count() > 1:
-        dist.barrier()
 
 
 def leave(code: int = 0) -> NoReturn:

@@ -14,9 +14,8 @@ Parts and `.metadata` are pickles: read only what you wrote.
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,9 @@ from torch.optim import Optimizer
 from tnm_pipeline.training.atomic import write_atomically
 from tnm_pipeline.training.checkpoint import CheckpointError
 from tnm_pipeline.training.distributed import reshard
-from tnm_pipeline.training.processes import count, first_says, rank
-from tnm_pipeline.training.recipes import Recipe
+from tnm_pipeline.training.processes import all_do, count, first_says, rank
 from tnm_pipeline.training.sparsify import Sparsifier
-from tnm_pipeline.training.state import random_state, set_random_state
+from tnm_pipeline.training.state import check_same_sparsity, random_state, set_random_state, sparsity_facts
 
 _COMMIT = ".metadata"  # torch writes it last, under another name first
 _RECORD = "record.json"
@@ -62,7 +60,7 @@ def save_sharded(
         progress: JSON-able counters of the loop, the state of a schedule.
 
     Raises:
-        OSError: a process cannot write; the checkpoint before is still there.
+        OSError: in all processes, one cannot write; the checkpoint before is still there.
     """
     target = first_says(lambda: _clear_the_next(folder))
     reshard(model)
@@ -71,24 +69,18 @@ def save_sharded(
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     record = {
         "processes": count(),
-        "pattern": str(sparsifier.pattern),
-        "recipe": _facts(sparsifier.recipe),
+        **sparsity_facts(sparsifier),
         "sparsifier": sparsifier.state_dict(),
         "progress": dict(progress),
         "groups": None if optimizer.state else _settings(optimizer),
     }
-    tensors, others = random_state()
-    content = serialize(tensors, metadata={_GENERATORS: json.dumps(others)})
-    write_atomically(_generators_of(target, rank()), content)
-    if rank() == 0:
-        write_atomically(target / _RECORD, json.dumps(record).encode())
+    all_do(lambda: _write_own(target, record))
     try:
         with _quiet():
             save_parts(state, checkpoint_id=target)
     except CheckpointException as error:  # which is no Exception
         raise _first_cause(error) from None
-    if rank() == 0:
-        _remove_all_but(folder, target)
+    first_says(lambda: _remove_all_but(folder, target))
 
 
 def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier) -> dict[str, Any] | None:
@@ -106,18 +98,12 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: Optimizer, sparsifie
         The progress; None where there is no whole checkpoint, and nothing has changed.
 
     Raises:
-        CheckpointError: it is of another model, pattern or recipe, or not every process sees it.
+        CheckpointError: in all processes, it is of another model, pattern or recipe, or not every one sees it.
     """
     target = first_says(lambda: _newest(folder))
     if target is None:
         return None
-    if not (target / _COMMIT).is_file():
-        raise CheckpointError(
-            f"process {rank()} does not see {target}, which the first one does: checkpoints belong on a file system "
-            "that all processes share"
-        )
-    record = json.loads((target / _RECORD).read_text(encoding="utf-8"))
-    _check_same_sparsity(target, record, sparsifier)
+    record = all_do(lambda: _read_record(target, sparsifier))
     reshard(model)
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     with sparsifier.ignoring_steps():  # torch makes one where the optimizer has no state yet
@@ -158,6 +144,26 @@ def _clear_the_next(folder: Path) -> Path:
     return target
 
 
+def _write_own(target: Path, record: Mapping[str, Any]) -> None:
+    """What torch does not write: this process's generators, and from the first one the record."""
+    tensors, others = random_state()
+    write_atomically(_generators_of(target, rank()), serialize(tensors, metadata={_GENERATORS: json.dumps(others)}))
+    if rank() == 0:
+        write_atomically(target / _RECORD, json.dumps(record).encode())
+
+
+def _read_record(target: Path, sparsifier: Sparsifier) -> dict[str, Any]:
+    """The record of a checkpoint that this process sees and that is of the same sparsity."""
+    if not (target / _COMMIT).is_file():
+        raise CheckpointError(
+            f"process {rank()} does not see {target}, which the first one does: checkpoints belong on a file system "
+            "that all processes share"
+        )
+    record: dict[str, Any] = json.loads((target / _RECORD).read_text(encoding="utf-8"))
+    check_same_sparsity(target, record, sparsifier, "start anew in another folder")
+    return record
+
+
 def _newest(folder: Path) -> Path | None:
     """The last whole checkpoint."""
     return max((found for found in _numbered(folder) if (found / _COMMIT).exists()), default=None)
@@ -172,27 +178,6 @@ def _remove_all_but(folder: Path, target: Path) -> None:
         if old != target:
             (old / _COMMIT).unlink(missing_ok=True)  # first: half of a checkpoint must not look like a whole one
             shutil.rmtree(old)
-
-
-def _check_same_sparsity(target: Path, record: Mapping[str, Any], sparsifier: Sparsifier) -> None:
-    saved = {"pattern": record["pattern"]} | record["recipe"]
-    own = {"pattern": str(sparsifier.pattern)} | _facts(sparsifier.recipe)
-    differ = [key for key in own if saved.get(key) != own[key]]
-    if differ:
-        raise CheckpointError(
-            f"{target} was saved while training with {_named(saved, differ)}, the Sparsifier was made for "
-            f"{_named(own, differ)}: make it with the former to go on, or start anew in another folder"
-        )
-
-
-def _facts(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe does, as JSON gives it back; the summary is for people."""
-    facts: dict[str, Any] = json.loads(json.dumps(asdict(replace(recipe, summary=""))))
-    return facts
-
-
-def _named(facts: Mapping[str, Any], keys: Iterable[str]) -> str:
-    return ", ".join(f"{key} {facts.get(key)}" for key in keys)
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:

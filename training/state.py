@@ -7,6 +7,7 @@ JSON record of the header.
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tnm_pipeline.training.atomic import write_atomically
-from tnm_pipeline.training.checkpoint import CheckpointError
-from tnm_pipeline.training.processes import count, each_says, rank, wait_for_all
+from tnm_pipeline.training.checkpoint import CheckpointError, misfits
+from tnm_pipeline.training.processes import count, each_says, first_says, rank
+from tnm_pipeline.training.sparsify import Sparsifier
 
 RandomState = tuple[dict[str, Tensor], dict[str, Any]]
 _RECORD = "tnm_pipeline.training"
+_START_OVER = "delete it to start over"
 
 
-def save_state(path: Path, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> None:
+def save_state(
+    path: Path, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any], sparsifier: Sparsifier | None = None
+) -> None:
     """Write the state atomically: a kill leaves the one before or this one. All processes must call it.
 
     The first one writes; the others, whose weights and optimizer are the same, give it their random generators and
@@ -36,14 +41,17 @@ def save_state(path: Path, model: nn.Module, optimizer: Optimizer, progress: dic
         model: as it trains, masks included.
         optimizer: any torch optimizer whose state holds tensors and JSON-able values.
         progress: JSON-able counters of the loop.
+        sparsifier: of the model; None: the training is dense.
+
+    Raises:
+        OSError: in all processes, the first cannot write.
     """
+    facts = {"progress": progress, "sparsity": sparsity_facts(sparsifier)}
     generators = each_says(random_state())
-    if rank() == 0:
-        write_atomically(path, _pack(model, optimizer, progress, generators))
-    wait_for_all()
+    first_says(lambda: write_atomically(path, _pack(model, optimizer, facts, generators)))
 
 
-def _pack(model: nn.Module, optimizer: Optimizer, progress: dict[str, Any], generators: Sequence[RandomState]) -> bytes:
+def _pack(model: nn.Module, optimizer: Optimizer, facts: dict[str, Any], generators: Sequence[RandomState]) -> bytes:
     # Cloned, because tied weights and buffers may share memory, which safetensors refuses.
     tensors = {f"model/{name}": tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     packed = optimizer.state_dict()
@@ -57,14 +65,20 @@ def _pack(model: nn.Module, optimizer: Optimizer, progress: dict[str, Any], gene
     for process, (states, _) in enumerate(generators):
         tensors |= {f"rng/{process}/{name}": state for name, state in states.items()}
     record = {
-        "progress": progress,
-        "optimizer": {"param_groups": packed["param_groups"], "scalars": scalars},
+        **facts,
+        "optimizer": {
+            "type": type(optimizer).__name__,
+            "param_groups": packed["param_groups"],
+            "scalars": scalars,
+        },
         "rng": [others for _, others in generators],
     }
     return serialize(tensors, metadata={_RECORD: json.dumps(record)})
 
 
-def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def load_state(
+    path: Path, model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier | None = None
+) -> dict[str, Any]:
     """Put everything back as `save_state` found it; all processes must call it.
 
     Random generators are put back where the number of processes is the same; else they stay as they are.
@@ -73,20 +87,32 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, 
         path: that `save_state` wrote, for the same model and optimizer.
         model: changed in place.
         optimizer: changed in place.
+        sparsifier: of the model, not changed; None: the training is dense.
 
     Returns:
         The progress counters.
 
     Raises:
-        CheckpointError: not a state file.
+        CheckpointError: not a state file, or that of another model, optimizer, pattern or recipe; nothing has changed.
     """
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {})[_RECORD])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        sparsity, stepper = record["sparsity"], record["optimizer"]["type"]
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not a training state ({error}); delete it to start over") from error
-    model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
+        raise CheckpointError(f"{path} is not a training state of this version ({error}); {_START_OVER}") from error
+    check_same_sparsity(path, sparsity, sparsifier, _START_OVER)
+    if stepper != type(optimizer).__name__:
+        raise CheckpointError(
+            f"{path} was saved while training with {stepper}, this training is with {type(optimizer).__name__}: go on "
+            f"with the former, or {_START_OVER}"
+        )
+    weights = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
+    problems = misfits(model, weights)
+    if problems:
+        raise CheckpointError(f"{path} is the state of another model: {problems}; {_START_OVER}")
+    model.load_state_dict(weights)
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
@@ -101,6 +127,38 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, 
         set_random_state(states, record["rng"][rank()])
     progress: dict[str, Any] = record["progress"]
     return progress
+
+
+def sparsity_facts(sparsifier: Sparsifier | None) -> dict[str, Any]:
+    """What a training is that `check_same_sparsity` compares: `pattern` and `recipe`, as JSON gives them back."""
+    if sparsifier is None:
+        return {"pattern": "dense", "recipe": {}}
+    recipe = asdict(replace(sparsifier.recipe, summary=""))  # which is for people
+    return {"pattern": str(sparsifier.pattern), "recipe": json.loads(json.dumps(recipe))}
+
+
+def check_same_sparsity(path: Path, record: Mapping[str, Any], sparsifier: Sparsifier | None, otherwise: str) -> None:
+    """Refuse to go on with what was saved while training for another pattern, by another recipe, or densely.
+
+    Args:
+        path: where the record is from, for the message.
+        record: holds what `sparsity_facts` said when it was saved.
+        sparsifier: of this training; None: it is dense.
+        otherwise: what to do instead of training as before, for the message.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    facts = sparsity_facts(sparsifier)
+    saved, own = ({"pattern": one["pattern"], **one["recipe"]} for one in (record, facts))
+    comparable = own if record["recipe"] and facts["recipe"] else ("pattern",)
+    differ = [key for key in comparable if saved.get(key) != own[key]]
+    if differ:
+        before, now = (", ".join(f"{key} {one.get(key)}" for key in differ) for one in (saved, own))
+        raise CheckpointError(
+            f"{path} was saved while training with {before}, this training was made for {now}: go on with the former, "
+            f"or {otherwise}"
+        )
 
 
 def random_state() -> RandomState:

@@ -215,12 +215,12 @@ def test_an_interrupted_conversion_goes_on_layer_by_layer(tmp_path: Path, how: s
     with subprocess.Popen(
         arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
-        while process.poll() is None and not list(journal.glob("*.safetensors")):
+        while process.poll() is None and not list(journal.glob("*-*.safetensors")):
             time.sleep(0.002)
         process.send_signal(how)
         assert process.stderr is not None
         said = process.stderr.read().decode()
-    finished = {path.name: path.read_bytes() for path in journal.glob("*.safetensors")}
+    finished = {path.name: path.read_bytes() for path in journal.glob("*-*.safetensors")}
     assert finished
     if how is signal.SIGINT:
         assert process.returncode == 130

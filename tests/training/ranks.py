@@ -20,11 +20,13 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
+from tnm_pipeline.training import sharded
 from tnm_pipeline.training.distributed import full
 from tnm_pipeline.training.processes import leave
 from tnm_pipeline.training.recipes import Recipe
 from tnm_pipeline.training.sharded import load_sharded, save_sharded
 from tnm_pipeline.training.sparsify import Sparsifier
+from tnm_pipeline.training.state import save_state
 
 STEPS = 12
 BATCH = 32
@@ -213,6 +215,43 @@ def going_on(folder: Path) -> dict[str, Any]:
     loaded, step = whole(model), sparsifier.step
     train(model, optimizer, progress["step"], STEPS - progress["step"])
     return {"loaded": loaded, "step": step, "end": whole(model), "state": sparsifier.state_dict()}
+
+
+def failing(folder: Path) -> dict[str, str]:
+    """What each process is told where one of them cannot write or read."""
+    model, optimizer, sparsifier = prepared()
+    checkpoints = folder / "checkpoints"
+
+    def save() -> None:
+        save_sharded(checkpoints, model, optimizer, sparsifier, {"step": 0})
+
+    def load() -> None:
+        load_sharded(checkpoints, model, optimizer, sparsifier)
+
+    def with_fault(name: str, rank: int, do: Callable[[], None]) -> str:
+        """The error where a function of the module fails in one process."""
+        right = getattr(sharded, name)
+        if dist.get_rank() == rank:
+            setattr(sharded, name, fail)
+        try:
+            return error_of(do)
+        finally:
+            setattr(sharded, name, right)
+
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", f"of process {dist.get_rank()}")
+
+    save()
+    plain = net()
+    return {
+        "clearing": with_fault("_clear_the_next", 0, save),
+        "writing": with_fault("write_atomically", 1, save),
+        "removing": with_fault("_remove_all_but", 0, save),
+        "finding": with_fault("_newest", 0, load),
+        "reading": with_fault("check_same_sparsity", 1, load),
+        "state": error_of(lambda: save_state(folder, plain, SGD(plain.parameters()), {})),
+        "after": error_of(load),
+    }
 
 
 def dying(folder: Path) -> dict[str, Any]:

@@ -86,6 +86,22 @@ def test_types_are_kept(tmp_path: Path, dtype: torch.dtype) -> None:
     assert read["n"].shape == ()
 
 
+def test_weights_of_8_bits_are_read_into_a_model_of_32(tmp_path: Path) -> None:
+    path, model = tmp_path / "a.safetensors", nn.Linear(2, 2, bias=False)
+    save_checkpoint(path, Checkpoint({"weight": torch.tensor([[1.5, -2.0], [0.0, 448.0]]).to(torch.float8_e4m3fn)}))
+    load_into(model, read_checkpoint(path), path)
+    assert model.weight.dtype == torch.float32
+    assert model.weight.tolist() == [[1.5, -2.0], [0.0, 448.0]]
+    save_checkpoint(path, Checkpoint({"weight": torch.tensor([float("nan"), 1.0]).to(torch.float8_e4m3fn)}))
+    assert "NaN or Inf in weight" in refusal(path)
+
+
+def test_weights_of_4_bits_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.zeros(2, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, path)
+    assert "4-bit floats in w, which torch only stores: dequantize first" in refusal(path)
+
+
 def test_tied_weights_and_views_are_written_in_full(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     base = torch.arange(12.0).reshape(3, 4)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import SGD
@@ -125,6 +126,22 @@ def test_a_process_alone_has_everything() -> None:
     assert local_part(mask, weight) is mask
     assert plain_type(nn.Linear(2, 2)) is nn.Linear
     check_in_sync(3, {"layer": mask})
+
+
+def test_masks_on_several_devices_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second device, and the second process, are made up."""
+    sent: list[Tensor] = []
+
+    def gather(everyones: list[Tensor], mine: Tensor, group: object) -> None:
+        sent.append(mine)
+        everyones[:] = [torch.zeros(3), torch.zeros(3)]
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "all_gather", gather)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    check_in_sync(3, {"elsewhere": mask.to("meta"), "here": mask})
+    assert [(tensor.device.type, tensor.shape) for tensor in sent] == [("meta", (3,))]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 8), (2, 3, 3, 3)])

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from tests.training import fit_ranks
 from tests.training.test_distributed import assert_equal, launch
 from tnm_pipeline.training.loop import FitConfig, fit
-from tnm_pipeline.training.processes import BatchSizeError, any_says, each_says, first_says, make_accelerator
+from tnm_pipeline.training.processes import BatchSizeError, all_do, any_says, each_says, first_says, make_accelerator
 from tnm_pipeline.training.sources import Splits, digits, digits_mlp
 
 
@@ -111,6 +111,7 @@ def test_one_process_says_what_it_says() -> None:
     assert make_accelerator(7).num_processes == 1
     assert first_says(lambda: 3) == 3
     assert each_says("x") == ["x"]
+    assert all_do(lambda: 4) == 4
     assert any_says(True, torch.device("cpu"))
     assert not any_says(False, torch.device("cpu"))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from tnm_pipeline.training.checkpoint import CheckpointError
 from tnm_pipeline.training.fitting import FitConfigError
 from tnm_pipeline.training.loop import (
     FitConfig,
@@ -116,6 +117,15 @@ def test_stopping_twice_is_no_different(
 
 def test_saving_changes_nothing(tmp_path: Path, sparsity: SparseTraining | None, uninterrupted: Outcome) -> None:
     run(sparsity, tmp_path / "state.safetensors").assert_same(uninterrupted)
+
+
+@pytest.mark.parametrize("then", [SparseTraining(Pattern(2, 4), Recipe("mine")), None], ids=["denser", "dense"])
+def test_the_state_of_another_training_is_refused(tmp_path: Path, then: SparseTraining | None) -> None:
+    state = tmp_path / "state.safetensors"
+    with pytest.raises(TrainingStoppedError):
+        run(SparseTraining(Pattern(1, 4), Recipe("mine")), state, 5)
+    with pytest.raises(CheckpointError, match=r"saved while training with pattern 1:4, .* delete it to start over"):
+        run(then, state)
 
 
 def be_killed(state: Path) -> None:

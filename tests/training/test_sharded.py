@@ -84,6 +84,22 @@ def test_a_kill_leaves_the_checkpoint_before_or_the_new_one(
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
+@pytest.mark.slow
+def test_what_fails_in_one_process_is_raised_in_all(tmp_path: Path) -> None:
+    first, second = results("failing", 2, tmp_path)
+    denied = "PermissionError: [Errno 13] Permission denied: 'of process {}'"
+    for rank in (first, second):
+        assert rank.pop("state").startswith("IsADirectoryError: ")
+        assert rank == {
+            "clearing": denied.format(0),
+            "writing": denied.format(1),
+            "removing": denied.format(0),
+            "finding": denied.format(0),
+            "reading": denied.format(1),
+            "after": "no error",
+        }
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_saving_leaves_no_trace_and_loading_undoes_everything(tmp_path: Path, name: str) -> None:
     ends: list[dict[str, Tensor]] = []

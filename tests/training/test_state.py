@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from tnm_pipeline.training.checkpoint import CheckpointError
+from tnm_pipeline.training.recipes import Recipe
+from tnm_pipeline.training.sparsify import Sparsifier
 from tnm_pipeline.training.state import load_state, save_state
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
@@ -92,3 +95,46 @@ def test_a_file_that_is_no_state_is_refused_before_anything_changes(tmp_path: Pa
     with pytest.raises(CheckpointError, match="not a training state"):
         load_state(path, model, optimizer)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def sparse(recipe: Recipe, pattern: str = "2:4") -> tuple[nn.Module, Optimizer, Sparsifier]:
+    model = net(0)
+    optimizer = OPTIMIZERS["momentum"](model)
+    return model, optimizer, Sparsifier(model, optimizer, pattern, recipe)
+
+
+def refusal(path: Path, model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier | None = None) -> str:
+    """The message, after a look at the weights, which must be the ones before."""
+    before = everything(model)
+    with pytest.raises(CheckpointError) as caught:
+        load_state(path, model, optimizer, sparsifier)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    message = str(caught.value)
+    assert str(path) in message
+    assert "delete it to start over" in message
+    return message
+
+
+def test_the_state_of_another_sparsity_is_refused(tmp_path: Path) -> None:
+    path, recipe = tmp_path / "state.safetensors", Recipe("mine", decay=1e-3)
+    model, optimizer, sparsifier = sparse(recipe, "1:2")
+    save_state(path, model, optimizer, {"step": 1}, sparsifier)
+    assert load_state(path, *sparse(recipe, "1:2")) == {"step": 1}
+    assert load_state(path, *sparse(replace(recipe, summary="reworded"), "1:2")) == {"step": 1}
+    pattern, decay = refusal(path, *sparse(recipe)), refusal(path, *sparse(replace(recipe, decay=0.5), "1:2"))
+    assert "was saved while training with pattern 1:2, this training was made for pattern 2:4:" in pattern
+    assert "was saved while training with decay 0.001, this training was made for decay 0.5:" in decay
+    dense = net(0)
+    dense_optimizer = OPTIMIZERS["momentum"](dense)
+    assert "with pattern 1:2, this training was made for pattern dense:" in refusal(path, dense, dense_optimizer)
+    save_state(path, dense, dense_optimizer, {})
+    assert "with pattern dense, this training was made for pattern 2:4:" in refusal(path, *sparse(recipe))
+
+
+def test_the_state_of_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
+    path, model = tmp_path / "state.safetensors", net(0)
+    save_state(path, model, OPTIMIZERS["momentum"](model), {})
+    assert "with SGD, this training is with AdamW: go on" in refusal(path, model, OPTIMIZERS["adamw"](model))
+    wider = nn.Sequential(*[*model][:3], nn.Linear(8, 7), model[4])
+    message = refusal(path, wider, OPTIMIZERS["momentum"](wider))
+    assert "the state of another model: 3.weight has shape (6, 8), the model wants (7, 8); 3.bias has" in message

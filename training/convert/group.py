@@ -56,13 +56,20 @@ class Group:
         dist.all_reduce(held, op=dist.ReduceOp.MAX)
         return float(held)
 
-    def exchange(self, pieces: Sequence[Tensor | None]) -> list[Tensor]:
-        """Give everybody all pieces; each process holds those that are `mine`, `None` elsewhere."""
+    def exchange(self, pieces: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
+        """Give everybody all pieces.
+
+        Args:
+            pieces: those that are `mine`, on this process's device; `None` elsewhere.
+            device: of this process, where the others' pieces shall be.
+        """
         if self.size == 1:
             return [piece for piece in pieces if piece is not None]
         held: list[list[Tensor | None]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(held, list(pieces))
-        return [piece for index in range(len(pieces)) if (piece := held[index % self.size][index]) is not None]
+        # A tensor arrives on the device that it was sent from, which is another process's.
+        dist.all_gather_object(held, [None if piece is None else piece.cpu() for piece in pieces])
+        found = (held[index % self.size][index] for index in range(len(pieces)))
+        return [piece.to(device) for piece in found if piece is not None]
 
     def each(self, work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
         """Apply a function to items, `workers` at a time; results in the order of the items."""

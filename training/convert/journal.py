@@ -1,7 +1,8 @@
 """What a conversion has finished, on disk: a killed one goes on after its last whole layer.
 
 One file for each stop, written whole or not at all. A file holds the tensors that the stop changed, bit for bit, so the
-activations that follow, and with them all later layers, are those of the conversion that was never killed.
+activations that follow, and with them all later layers, are those of the conversion that was never killed. One more
+holds what was found before the first stop: another machine might find something else, which finished layers do not fit.
 """
 
 import hashlib
@@ -16,9 +17,13 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from tnm_pipeline.training.atomic import write_atomically
+from tnm_pipeline.training.checkpoint import unshared
 from tnm_pipeline.training.convert.batch import Batch, tensors_of
 
+Entry = tuple[dict[str, Tensor], dict[str, Any]]
+
 _IDENTITY = "conversion.json"
+_START = "start.safetensors"
 
 
 class JournalError(ValueError):
@@ -53,31 +58,56 @@ class Journal:
         """Whether a stop is finished."""
         return self._path(stop).is_file()
 
-    def read(self, stop: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def read(self, stop: str) -> Entry | None:
         """The tensors and the record of a finished stop; `None`: it is not finished.
 
         Raises:
             JournalError: the file is damaged.
         """
-        path = self._path(stop)
-        if not self.has(stop):
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-                record = json.loads(file.metadata()["record"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise JournalError(f"{path} is damaged ({error}): remove it, and the layer is converted again") from error
-        return tensors, record
+        return _read(self._path(stop), "remove it, and the layer is converted again") if self.has(stop) else None
 
     def write(self, stop: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Note that a stop is finished."""
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(self._path(stop), serialize(held, metadata={"record": json.dumps(dict(record))}))
+        _write(self._path(stop), tensors, record)
+
+    def read_start(self) -> Entry | None:
+        """What `write_start` noted; `None`: nothing, nor is a stop finished.
+
+        Raises:
+            JournalError: the file is damaged, or missing beside finished stops.
+        """
+        path = self._folder / _START
+        if path.is_file():
+            return _read(path, "remove its folder to start anew")
+        if any(self._folder.glob("*.safetensors")):
+            raise JournalError(
+                f"{self._folder} holds finished layers, but not {_START}, the order of channels and the bases of heads "
+                "that they are in: remove it to start anew, or choose another folder"
+            )
+        return None
+
+    def write_start(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Note what all stops depend on, before the first."""
+        _write(self._folder / _START, tensors, record)
 
     def _path(self, stop: str) -> Path:
         digest = hashlib.sha256(stop.encode()).hexdigest()[:8]  # names of modules may differ in case only
         return self._folder / f"{stop or 'model'}-{digest}.safetensors"
+
+
+def _read(path: Path, remedy: str) -> Entry:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            record = json.loads(file.metadata()["record"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise JournalError(f"{path} is damaged ({error}): {remedy}") from error
+    return tensors, record
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, serialize(unshared(held), metadata={"record": json.dumps(dict(record))}))
 
 
 def _read_identity(path: Path) -> str:

@@ -112,7 +112,7 @@ def _solve(problem: Problem, method: Method, group: Group) -> Solution:
     solved = dict(zip(mine, method([parts[index] for index in mine], group), strict=True))
 
     def gathered(pieces: dict[int, Tensor]) -> Tensor:
-        return torch.cat(group.exchange([pieces.get(index) for index in range(len(parts))]))
+        return torch.cat(group.exchange([pieces.get(index) for index in range(len(parts))], problem.weight.device))
 
     facts = gathered(
         {

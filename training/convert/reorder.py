@@ -5,14 +5,15 @@ is a matter of numbering; where a producer's outputs reach its consumers channel
 inside attention heads the whole basis is (`rotation.py`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from tnm_pipeline.training.convert.batch import Batch, head
 from tnm_pipeline.training.convert.channel_search import search_order
-from tnm_pipeline.training.convert.heads import find_head_spaces
+from tnm_pipeline.training.convert.heads import HeadPart, HeadSpace, find_head_spaces
 from tnm_pipeline.training.convert.permutation import Chain, importances, permutable, permute
 from tnm_pipeline.training.convert.plan import Plan
 from tnm_pipeline.training.convert.rotation import Rotation, search_rotation
@@ -88,6 +89,44 @@ def find_reorderings(model: nn.Module, plan: Plan, example: Batch) -> list[Reord
     for one in reversed(found):
         permute(model, one.chain, one.order.argsort())
     return [*rotated, *found]
+
+
+def pack(reorderings: Sequence[Reordering | Rotation]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and a JSON-able record that `unpack` undoes, bit for bit."""
+    tensors: dict[str, Tensor] = {}
+    facts: list[dict[str, Any]] = []
+    for number, one in enumerate(reorderings):
+        fact: dict[str, Any] = {"kept": [one.kept_before, one.kept_after]}
+        if isinstance(one, Rotation):
+            tensors[f"{number}.matrix"] = one.matrix
+            tensors |= {f"{number}.index.{at}": part.index for at, part in enumerate(one.space.parts)}
+            fact["parts"] = [[part.layer, part.axis] for part in one.space.parts]
+        else:
+            tensors[f"{number}.order"] = one.order
+            fact["chain"] = asdict(one.chain)
+        facts.append(fact)
+    return tensors, {"reorderings": facts}
+
+
+def unpack(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> list[Reordering | Rotation]:
+    """What `pack` was given, also after JSON made lists of the tuples."""
+    found: list[Reordering | Rotation] = []
+    for number, fact in enumerate(record["reorderings"]):
+        if "chain" in fact:
+            chain = Chain(
+                producer=fact["chain"]["producer"],
+                members=tuple(fact["chain"]["members"]),
+                consumers=tuple(fact["chain"]["consumers"]),
+                channels=fact["chain"]["channels"],
+                axes=tuple((name, axis) for name, axis in fact["chain"]["axes"]),
+            )
+            found.append(Reordering(chain, tensors[f"{number}.order"], *fact["kept"]))
+        else:
+            first, second = (
+                HeadPart(layer, axis, tensors[f"{number}.index.{at}"]) for at, (layer, axis) in enumerate(fact["parts"])
+            )
+            found.append(Rotation(HeadSpace((first, second)), tensors[f"{number}.matrix"], *fact["kept"]))
+    return found
 
 
 def reorder(model: nn.Module, reorderings: Sequence[Reordering | Rotation]) -> None:

@@ -36,7 +36,7 @@ class Rotation:
 
     Attributes:
         space: the heads.
-        matrix: (H, D, D) float64, orthogonal: channels become `matrix @ channels`, head by head.
+        matrix: (H, D, D) float64, on the CPU, orthogonal: channels become `matrix @ channels`, head by head.
         kept_before: share of the energy of the heads' weights that masks keep without it.
         kept_after: and with it.
     """
@@ -111,7 +111,7 @@ def search_rotation(model: nn.Module, space: HeadSpace, patterns: Mapping[str, P
         matrix = _nearest_rotation(pulls)
     if after < before + _LEAST_GAIN:
         return None
-    return Rotation(space, _nearest_rotation(best.double()), before, after)
+    return Rotation(space, _nearest_rotation(best.double()).cpu(), before, after)
 
 
 class _Side:

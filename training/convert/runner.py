@@ -15,8 +15,9 @@ from tnm_pipeline.training.convert.group import Group
 from tnm_pipeline.training.convert.journal import Journal, identify
 from tnm_pipeline.training.convert.methods import find_method
 from tnm_pipeline.training.convert.plan import Plan, PlanError
-from tnm_pipeline.training.convert.reorder import find_reorderings, reorder
+from tnm_pipeline.training.convert.reorder import Reordering, find_reorderings, pack, reorder, unpack
 from tnm_pipeline.training.convert.result import Conversion
+from tnm_pipeline.training.convert.rotation import Rotation
 from tnm_pipeline.training.convert.schedule import Schedule, schedule
 from tnm_pipeline.training.convert.walk import Walk
 from tnm_pipeline.training.convert.work import measure_work
@@ -24,6 +25,7 @@ from tnm_pipeline.training.layout import PRUNABLE
 from tnm_pipeline.training.masks import Solver
 from tnm_pipeline.training.modes import evaluating
 from tnm_pipeline.training.pattern import Pattern
+from tnm_pipeline.training.processes import first_says
 from tnm_pipeline.training.selection import FOR_CONVERSION, Selection, select
 
 
@@ -81,7 +83,7 @@ def convert(
     Raises:
         CalibrationError: no batches, or NaN in them or in a layer, or the model fails on them.
         MethodError: an unknown method, or one that cannot follow the pattern.
-        JournalError: the folder is another conversion's, or not the same for all processes.
+        JournalError: the folder is another conversion's, damaged, or not the same for all processes.
         SelectionError, PlanError: nothing to convert.
         ValueError: a reference that has other layers.
     """
@@ -114,7 +116,7 @@ def convert(
     models = [model] if reference is None else [model, reference]
     book = Journal(journal, identify(models, batches, settings)) if journal is not None else None
     with evaluating(*models), one_thread():
-        reorderings = find_reorderings(model, plan, batches[0]) if reorder_channels else []
+        reorderings = first_says(lambda: _kept_or_found(model, plan, batches[0], book)) if reorder_channels else []
         reorder(model, reorderings)
         order = schedule(model, plan.stops, batches[0], norms=retune_batch_norm)
         if reference is None:
@@ -142,6 +144,17 @@ def plan_for(model: nn.Module, pattern: Pattern, example: Batch, selection: Sele
     """
     choice = select(model, pattern, selection or FOR_CONVERSION)
     return plan_by_preference(Scene(model, choice, measure_work(model, head(example, 2)), [pattern]))
+
+
+def _kept_or_found(model: nn.Module, plan: Plan, example: Batch, book: Journal | None) -> list[Reordering | Rotation]:
+    """The reorderings that the finished layers are in; else new ones, which on another machine may be others."""
+    start = book.read_start() if book is not None else None
+    if start is not None:
+        return unpack(*start)
+    found = find_reorderings(model, plan, example)
+    if book is not None:
+        book.write_start(*pack(found))
+    return found
 
 
 def _twin(model: nn.Module, plan: Plan, order: Schedule) -> nn.Module:

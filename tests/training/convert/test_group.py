@@ -4,6 +4,9 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tnm_pipeline.training.convert.group import Group
 
@@ -20,7 +23,24 @@ def test_a_process_alone_keeps_what_it_has() -> None:
     assert (group.rank, group.size, group.workers) == (0, 1, 3)
     assert torch.equal(group.add(torch.tensor([1, 2])), torch.tensor([1, 2]))
     assert group.largest(2.5, torch.device("cpu")) == 2.5
-    assert [float(piece) for piece in group.exchange([torch.tensor(1.0), torch.tensor(2.0)])] == [1.0, 2.0]
+    pieces = group.exchange([torch.tensor(1.0), torch.tensor(2.0)], torch.device("cpu"))
+    assert [float(piece) for piece in pieces] == [1.0, 2.0]
+
+
+def test_pieces_travel_on_the_cpu_and_arrive_on_the_device_of_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs, made up."""
+    sent: list[list[Tensor | None]] = []
+
+    def gather(held: list[list[Tensor | None]], mine: list[Tensor | None]) -> None:
+        sent.append(mine)
+        held[:] = [mine, [None, torch.zeros(3), None]]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with FakeTensorMode():
+        own = torch.device("cuda:0")
+        pieces = Group(0, 2).exchange([torch.ones(2, device=own), None, torch.ones(1, device=own)], own)
+        assert [None if one is None else one.device.type for one in sent[0]] == ["cpu", None, "cpu"]
+        assert [(len(one), one.device) for one in pieces] == [(2, own), (3, own), (1, own)]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])

@@ -27,6 +27,18 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert again.read("a") is None
 
 
+def test_tensors_that_share_memory_come_back_in_full(tmp_path: Path) -> None:
+    bias = torch.arange(4.0)
+    Journal(tmp_path, "identity").write("a", {"a.bias": bias, "b.bias": bias, "c.bias": bias[:2]}, {})
+    found = Journal(tmp_path, "identity").read("a")
+    assert found is not None
+    assert {name: tensor.tolist() for name, tensor in found[0].items()} == {
+        "a.bias": [0, 1, 2, 3],
+        "b.bias": [0, 1, 2, 3],
+        "c.bias": [0, 1],
+    }
+
+
 def test_names_that_differ_in_case_only_and_the_model_itself_have_files_of_their_own(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "identity")
     for number, name in enumerate(("layer.A", "layer.a", "")):
@@ -52,6 +64,22 @@ def test_a_damaged_identity_is_refused(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(JournalError, match=r"conversion\.json is damaged.*remove its folder"):
         Journal(tmp_path, "one")
+
+
+def test_what_a_conversion_began_with_comes_back_and_must_not_be_missing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "one")
+    assert journal.read_start() is None
+    journal.write("start", {"weight": torch.ones(1)}, {})
+    with pytest.raises(JournalError, match=r"finished layers, but not start\.safetensors.*remove it to start anew"):
+        journal.read_start()
+    journal.write_start({"0.order": torch.arange(3)}, {"facts": [1]})
+    found = Journal(tmp_path, "one").read_start()
+    assert found is not None
+    assert found[0]["0.order"].tolist() == [0, 1, 2]
+    assert found[1] == {"facts": [1]}
+    damage(tmp_path / "start.safetensors", "short")
+    with pytest.raises(JournalError, match=r"start\.safetensors is damaged .*remove its folder to start anew"):
+        journal.read_start()
 
 
 def damage(path: Path, how: str) -> None:

@@ -18,7 +18,10 @@ from tests.training.convert.networks import (
     violations,
     weight_of,
 )
-from tnm_pipeline.training.convert import METHODS, CalibrationError, JournalError, convert
+from tests.training.zoo import SMALL
+from tnm_pipeline.training.convert import METHODS, CalibrationError, JournalError, convert, runner
+from tnm_pipeline.training.convert.reorder import Reordering, reorder
+from tnm_pipeline.training.convert.rotation import Rotation
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.selection import Selection
 
@@ -123,7 +126,7 @@ def test_a_model_that_fails_midway_keeps_what_is_finished(tmp_path: Path, worker
     )
     with pytest.raises(CalibrationError, match=message):
         convert(Faulty(), Pattern(2, 4), batches, selection=ALL, journal=tmp_path, workers=workers)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert {path.name.partition("-")[0] for path in tmp_path.glob("*.safetensors")} == {"start.safetensors", "layers.0"}
     assert set(threading.enumerate()) <= threads
     with pytest.raises(CalibrationError, match=r"RuntimeError: out of range$"):
         convert(Faulty(), Pattern(2, 4), batches, selection=ALL)
@@ -134,7 +137,7 @@ def test_an_overflow_names_the_layer_and_keeps_what_is_finished(tmp_path: Path) 
     weight_of(model, "2").fill_(float("inf"))
     with pytest.raises(CalibrationError, match="layer 4 meets NaN or Inf"):
         convert(model, Pattern(2, 4), vectors(), selection=Selection(exclude=("2",), keep_last=False), journal=tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert {path.name.partition("-")[0] for path in tmp_path.glob("*.safetensors")} == {"start.safetensors", "0"}
 
 
 def test_a_journal_spares_the_finished_layers_and_changes_no_bit(tmp_path: Path) -> None:
@@ -142,7 +145,7 @@ def test_a_journal_spares_the_finished_layers_and_changes_no_bit(tmp_path: Path)
     expected = convert(plain, Pattern(2, 4), images(), selection=ALL)
     convert(first, Pattern(2, 4), images(), selection=ALL, journal=tmp_path)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert len(files) == 5  # three layers, a batch norm, and what they belong to
+    assert len(files) == 6  # three layers, a batch norm, the order of the channels, and what they belong to
     found = convert(second, Pattern(2, 4), images(), selection=ALL, journal=tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
     assert same_bits(plain, first)
@@ -150,6 +153,29 @@ def test_a_journal_spares_the_finished_layers_and_changes_no_bit(tmp_path: Path)
     assert [(one.name, one.error) for one in found.layers] == [(one.name, one.error) for one in expected.layers]
     assert found.masks.keys() == expected.masks.keys()
     assert all(torch.equal(mask, expected.masks[name]) for name, mask in found.masks.items())
+
+
+def test_a_conversion_goes_on_in_the_bases_that_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, inputs = SMALL["bert"]
+    batches = [inputs(16, seed) for seed in range(2)]
+
+    def stop(_: str, number: int, __: int) -> None:
+        if number == 3:
+            raise InterruptedError
+
+    plain, killed, resumed = build(), build(), build()
+    expected = convert(plain, Pattern(2, 4), batches, selection=ALL)
+    assert {type(one) for one in expected.reorderings} == {Reordering, Rotation}
+    with pytest.raises(InterruptedError):
+        convert(killed, Pattern(2, 4), batches, selection=ALL, journal=tmp_path, on_layer=stop)
+    monkeypatch.setattr(runner, "find_reorderings", lambda *_: [])  # as another machine might
+    found = convert(resumed, Pattern(2, 4), batches, selection=ALL, journal=tmp_path)
+    assert same_bits(resumed, plain)
+    assert [one.to_dict() for one in found.reorderings] == [one.to_dict() for one in expected.reorderings]
+    rotated = build()
+    reorder(rotated, found.reorderings)
+    reorder(other := build(), expected.reorderings)
+    assert same_bits(rotated, other)
 
 
 def test_a_journal_of_another_conversion_is_refused(tmp_path: Path) -> None:
