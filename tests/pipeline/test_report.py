@@ -52,6 +52,23 @@ def test_figures_are_what_plotly_knows(folder: Path) -> None:
     go.Figure(curves_figure(run.curves, run.metric))
 
 
+def test_a_correlation_may_be_negative_and_has_no_interval_of_a_proportion(folder: Path) -> None:
+    scores = {"train": 0.21, "convert": -0.3, "prune": 0.1, "convert-unstructured": 0.05, "dense": 0.28, "best": 0.21}
+    for stage, score in scores.items():
+        edit(folder, stage, lambda result, score=score: result.update(metric="spearman", spearman=score))
+    for stage in ("train", "dense"):
+        edit(folder, stage, lambda result: result["history"].update(spearman=result["history"]["accuracy"]))
+    checked = {"torch": -0.02, "onnx fp32": -0.02, "onnx fp16": -0.02, "dense": 0.28}
+    edit(folder, "verify", lambda result: result.update(metric="spearman", scores=checked))
+    page = Page(render(folder))
+    assert "Wilson" not in page.words
+    figure = next(json.loads(text) for kind, text in page.scripts if kind == "application/json")
+    assert "error_x" not in figure["data"][0]
+    low, high = figure["layout"]["xaxis"]["range"]
+    assert low < -0.3
+    assert high > 0.28
+
+
 def test_names_of_users_are_text(folder: Path) -> None:
     evil = "<script>alert(1)</script>"
     for stage in ("train", "export"):
