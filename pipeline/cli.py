@@ -317,8 +317,9 @@ def _run(config: "Config", targets: set[str] | None, as_json: bool) -> None:
     from tnm_pipeline.pipeline.gates import refusal
     from tnm_pipeline.pipeline.run import execute
     from tnm_pipeline.pipeline.summary import show, to_json
+    from tnm_pipeline.pipeline.tables import widened
 
-    done: dict[str, Done] = execute(config, targets, console=Console(stderr=True))
+    done: dict[str, Done] = execute(config, targets, console=widened(Console(stderr=True)))
     if as_json:
         print_json(to_json(config, done))
     else:

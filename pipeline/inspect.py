@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from tnm_pipeline.engines import (
     ArtifactRejected,
@@ -24,6 +22,7 @@ from tnm_pipeline.export.counting import TENSORRT_PATTERN
 from tnm_pipeline.export.sparsity import LayerSparsity, SparsityReport, UnreadWeight, inspect_onnx
 from tnm_pipeline.export.verdicts.comparison import VERDICT
 from tnm_pipeline.pipeline.source import source_of
+from tnm_pipeline.pipeline.tables import new_console, new_table
 from tnm_pipeline.training.pattern import Pattern
 
 _SIZES = (1, 8, 32, 64, 224)
@@ -73,12 +72,12 @@ class Facts:
 
     def show(self) -> None:
         """Print on stdout."""
-        console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        console = new_console()
         console.print(self.title)
         if self.rows:
             operators = any(row.op for row in self.rows)
             named = ("layer", "op") if operators else ("layer",)
-            table = Table(*named, "shape", "pattern", "density", "violations W", "violations W^T", "")
+            table = new_table(*named, "shape", "pattern", "density", "violations W", "violations W^T", "")
             for row in self.rows:
                 name = (row.layer, row.op) if operators else (row.layer,)
                 shape = "x".join(str(side) for side in row.shape)

@@ -10,6 +10,7 @@ from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.metrics import metric_of, score_of
 from tnm_pipeline.pipeline.run import Done
 from tnm_pipeline.pipeline.stages import EVENTS
+from tnm_pipeline.pipeline.tables import new_console, new_table
 
 _ROUTES = {
     "dense": "dense baseline",
@@ -28,7 +29,7 @@ def to_json(config: Config, done: dict[str, Done]) -> dict[str, Any]:
 
 def show(config: Config, done: dict[str, Done]) -> None:
     """Print the scores, what was built, and what to do next."""
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console = new_console()
     folder = config.run.folder
     console.print(_scores(config, done))
     if "export" in done:
@@ -52,7 +53,7 @@ def show(config: Config, done: dict[str, Done]) -> None:
 def _scores(config: Config, done: dict[str, Done]) -> Table:
     metric = metric_of(item.result for item in done.values())
     unlabelled = [] if config.labelled else ["mean layer error"]
-    table = Table("checkpoint", "pattern", metric.name, "against dense", *unlabelled, "")
+    table = new_table("checkpoint", "pattern", metric.name, "against dense", *unlabelled, "")
     dense = score_of(done["dense"].result) if "dense" in done else None
     chosen = done["best"].result["route"] if "best" in done else None
     for name, label in _ROUTES.items():

@@ -9,6 +9,8 @@ import pytest
 import torch
 from onnx import NodeProto, numpy_helper
 from onnx.helper import make_node
+from rich.console import Console
+from safetensors.torch import save_file
 
 from tests.export.graphs import tensor, write
 from tnm_pipeline.engines import ArtifactRejected, RunFailed
@@ -16,6 +18,7 @@ from tnm_pipeline.engines.artifact import manifest_path, read_manifest, write_ma
 from tnm_pipeline.export.artifacts import onnx_manifest
 from tnm_pipeline.export.sparsity import inspect_onnx
 from tnm_pipeline.pipeline.inspect import Facts, Row, inspect_file, verify_file
+from tnm_pipeline.pipeline.what_if import what_if_file
 from tnm_pipeline.training.checkpoint import CheckpointError
 
 
@@ -52,6 +55,24 @@ def test_arrays_are_no_checkpoint(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=np.zeros(3))
     with pytest.raises(CheckpointError, match="was not opened"):
         inspect_file(tmp_path / "data.npz", None)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_names_are_never_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, narrow: bool
+) -> None:
+    """In a log a layer has one line; in a narrow window its name goes on in the next one."""
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"bert.encoder.layer.{number}.attention.self.query.dense.inner" for number in range(12)]
+    save_file({f"{name}.weight": torch.ones(8, 8) for name in names}, path := tmp_path / "long.safetensors")
+    monkeypatch.setattr(Console, "is_terminal", property(lambda _: narrow))
+    for facts in (inspect_file(path, None), what_if_file(path, "2:4")):
+        facts.show()
+        lines = capsys.readouterr().out.splitlines()
+        shown = "".join(line.split("│")[1].strip() if "│" in line else " " for line in lines)
+        for name in names:
+            assert name in shown
+            assert narrow or any(f" {name} " in line for line in lines)
 
 
 def test_anybodys_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
