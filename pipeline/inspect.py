@@ -1,5 +1,6 @@
 """`inspect` and `verify`: what a file holds, recounted from the file itself."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,10 +18,10 @@ from tnm_pipeline.engines import (
     load,
 )
 from tnm_pipeline.engines.artifact import manifest_path, read_manifest, verify_artifact
+from tnm_pipeline.engines.driver import probe
 from tnm_pipeline.engines.keys import TrustedKey
 from tnm_pipeline.export.counting import TENSORRT_PATTERN
 from tnm_pipeline.export.sparsity import LayerSparsity, SparsityReport, UnreadWeight, inspect_onnx
-from tnm_pipeline.export.verdicts.comparison import VERDICT
 from tnm_pipeline.pipeline.source import source_of
 from tnm_pipeline.pipeline.tables import new_console, new_table
 from tnm_pipeline.training.pattern import Pattern
@@ -228,16 +229,28 @@ def _row(layer: LayerSparsity) -> Row:
 
 def _plan_facts(path: Path, manifest: Manifest) -> Facts:
     capabilities = ", ".join(manifest.compute_capabilities)
-    of_the_source = {key: value for key, value in manifest.sparsity.items() if key != VERDICT}
+    fallback = "" if probe().gpus else " --fallback onnxruntime"
     lines = [
         f"built by {manifest.backend} {manifest.backend_version} for compute capability {capabilities}",
         f"sparse weights flag: {'on' if manifest.sparse_weights_flag else 'off'}",
         f"source: {manifest.source_onnx}",
         f"inputs: {', '.join(map(_tensor, manifest.inputs))}; outputs: {', '.join(map(_tensor, manifest.outputs))}",
-        f"sparsity of its source: {of_the_source}",
-        f"check it with: tnm-pipeline verify {path}",
+        f"sparsity of its source: {_stated(manifest.sparsity)}",
+        f"check it with: tnm-pipeline verify {path}{fallback}",
     ]
     return Facts(f"{path}: {manifest.backend} plan, {manifest.precision}, {manifest.bytes:,} bytes", [], lines)
+
+
+def _stated(sparsity: Mapping[str, object]) -> str:
+    """What a manifest says of the layers, in words: how many are eligible, how many promise which pattern."""
+    words = []
+    if "eligible" in sparsity and "layers" in sparsity:
+        words.append(f"{sparsity['eligible']} of {sparsity['layers']} layers eligible")
+    patterns = sparsity.get("patterns")
+    if isinstance(patterns, Mapping):
+        counts = sorted(Counter(map(str, patterns.values())).items())
+        words += [f"{count} {'promises' if count == 1 else 'promise'} {pattern}" for pattern, count in counts]
+    return ", ".join(words) or "not stated"
 
 
 def _checkpoint_facts(path: Path, asked: Pattern | None) -> Facts:

@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from tests.export.graphs import tensor, write
 from tnm_pipeline.engines import ArtifactRejected, RunFailed
 from tnm_pipeline.engines.artifact import manifest_path, read_manifest, write_manifest
+from tnm_pipeline.engines.driver import Driver, Gpu
 from tnm_pipeline.export.artifacts import onnx_manifest
 from tnm_pipeline.export.sparsity import inspect_onnx
+from tnm_pipeline.pipeline import inspect
 from tnm_pipeline.pipeline.inspect import Facts, Row, inspect_file, verify_file
 from tnm_pipeline.pipeline.what_if import what_if_file
 from tnm_pipeline.training.checkpoint import CheckpointError
@@ -30,9 +32,15 @@ def test_a_plan_without_its_manifest(small_run: Path, tmp_path: Path) -> None:
         verify_file(plan, "onnxruntime")
 
 
-def test_a_plan_says_which_patterns_its_source_holds(small_run: Path) -> None:
-    facts = inspect_file(small_run / "run/build/model.fp16.plan", None)
-    assert any("'3': '2:4-T'" in line for line in facts.lines)
+def test_a_plan_says_in_words_what_its_source_holds_and_how_to_check_it(
+    small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = small_run / "run/build/model.fp16.plan"
+    for gpus, option in (((), " --fallback onnxruntime"), ((Gpu("NVIDIA A100", "8.0"),), "")):
+        monkeypatch.setattr(inspect, "probe", lambda gpus=gpus: Driver("13.0", gpus, None))
+        lines = inspect_file(plan, None).lines
+        assert "sparsity of its source: 3 of 5 layers eligible, 3 promise 2:4-T" in lines
+        assert f"check it with: tnm-pipeline verify {plan}{option}" in lines
 
 
 def test_a_checkpoint_is_inspected_and_not_verified(small_run: Path) -> None:

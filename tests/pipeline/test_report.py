@@ -140,6 +140,22 @@ def test_a_given_checkpoint_has_no_twin(folder: Path) -> None:
     assert "The checkpoint was given" in words
 
 
+def test_a_given_checkpoint_without_zeros_is_called_dense(folder: Path) -> None:
+    keep(folder, ("best", "export"))
+    text = config_text(folder, "export.checkpoint=given.safetensors", "trt.enabled=false")
+    folder.joinpath("config.toml").write_text(text, encoding="utf-8")
+    edit(folder, "best", lambda result: result.update(route="given", candidates={}))
+
+    def fill(result: dict[str, Any]) -> None:
+        for file in result["files"]:
+            for layer in file["sparsity"]["per_layer"]:
+                layer.update(pattern=None, eligible=False)
+
+    edit(folder, "export", fill)
+    assert verdict(read_run(folder)).startswith("The given dense checkpoint scores 94.4%, with no dense twin")
+    assert "sparse checkpoint, given" not in Page(render(folder)).words
+
+
 def test_stages_that_the_configuration_does_not_ask_for_are_not_shown(folder: Path) -> None:
     folder.joinpath("config.toml").write_text(config_text(folder, 'run.routes=["train"]'), encoding="utf-8")
     labels = [score.label for score in read_run(folder).scores]
