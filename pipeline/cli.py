@@ -126,6 +126,8 @@ def export(
 ) -> None:
     """Export to ONNX, and with --trt build plans; everything in FOLDER/export and FOLDER/build, verified."""
     refuse_others("export")
+    if config and not trt:
+        _say_if_plans_are_left_out(config)
     config = config or _config_of(folder, checkpoint)
     chosen = {**_options(folder, model, data, None), "trt.enabled": trt, "calibration.source": calibration}
     if checkpoint:
@@ -302,6 +304,13 @@ def _options(folder: Path | None, model: str | None, data: str | None, pattern: 
         "data.source": data,
         "sparsity.pattern": pattern,
     }
+
+
+def _say_if_plans_are_left_out(config: Path) -> None:
+    from tnm_pipeline.pipeline.config import stated
+
+    if stated("trt.enabled", path=config):
+        sys.stderr.write(f"{config} has trt.enabled = true, which counts for `run`: export builds plans with --trt\n")
 
 
 def _config_of(folder: Path | None, checkpoint: Path | None) -> Path | None:

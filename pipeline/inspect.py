@@ -22,6 +22,7 @@ from tnm_pipeline.engines.driver import probe
 from tnm_pipeline.engines.keys import TrustedKey
 from tnm_pipeline.export.counting import TENSORRT_PATTERN
 from tnm_pipeline.export.sparsity import LayerSparsity, SparsityReport, UnreadWeight, inspect_onnx
+from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.pipeline.source import source_of
 from tnm_pipeline.pipeline.tables import new_console, new_table
 from tnm_pipeline.training.pattern import Pattern
@@ -100,6 +101,7 @@ def inspect_file(path: Path, pattern: str | None) -> Facts:
 
     Raises:
         ArtifactRejected: missing file, or a plan without a readable manifest.
+        ConfigError: a pattern for a plan, whose weights cannot be counted.
         CheckpointError: not a readable checkpoint.
         ExportRejected: not a readable ONNX file.
         PatternError: the pattern makes no sense.
@@ -110,7 +112,14 @@ def inspect_file(path: Path, pattern: str | None) -> Facts:
     if path.suffix == ".onnx":
         return _onnx_facts(path, asked)
     if path.suffix == ".plan" or manifest_path(path).exists():
-        return _plan_facts(path, read_manifest(path))
+        manifest = read_manifest(path)
+        if asked:
+            source = f", {path.parent / manifest.source_onnx}" if manifest.source_onnx else ""
+            raise ConfigError(
+                f"--pattern {asked}: the weights in the plan {path.name} cannot be counted; give the ONNX file that it "
+                f"was built from{source}"
+            )
+        return _plan_facts(path, manifest)
     return _checkpoint_facts(path, asked)
 
 

@@ -82,6 +82,13 @@ def test_a_profile_is_asked_within_its_ranges_and_a_typo_is_named(given: Tnm) ->
     assert "did you mean batch?" in refused.err
 
 
+def test_a_file_that_asks_for_plans_is_answered(given: Tnm, tmp_path: Path) -> None:
+    (tmp_path / "plans.toml").write_text("[trt]\nenabled = true\n", encoding="utf-8")
+    ended = given("--config", "plans.toml", "--set", "export.precisions=['fp32']")
+    assert "plans.toml has trt.enabled = true, which counts for `run`: export builds plans with --trt" in ended.err
+    assert not (tmp_path / "run/build").exists()
+
+
 def test_data_that_the_model_does_not_take(given: Tnm, tmp_path: Path) -> None:
     wrong = np.zeros((24, 15), np.float32)
     np.savez(tmp_path / "two.npz", left=wrong, right=wrong)

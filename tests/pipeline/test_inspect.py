@@ -19,6 +19,7 @@ from tnm_pipeline.engines.driver import Driver, Gpu
 from tnm_pipeline.export.artifacts import onnx_manifest
 from tnm_pipeline.export.sparsity import inspect_onnx
 from tnm_pipeline.pipeline import inspect
+from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.pipeline.inspect import Facts, Row, inspect_file, verify_file
 from tnm_pipeline.pipeline.what_if import what_if_file
 from tnm_pipeline.training.checkpoint import CheckpointError
@@ -41,6 +42,11 @@ def test_a_plan_says_in_words_what_its_source_holds_and_how_to_check_it(
         lines = inspect_file(plan, None).lines
         assert "sparsity of its source: 3 of 5 layers eligible, 3 promise 2:4-T" in lines
         assert f"check it with: tnm-pipeline verify {plan}{option}" in lines
+
+
+def test_a_plan_cannot_be_counted(small_run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--pattern 4:8: the weights .* cannot be counted; .*model\.fp16\.onnx"):
+        inspect_file(small_run / "run/build/engine.plan", "4:8")
 
 
 def test_a_checkpoint_is_inspected_and_not_verified(small_run: Path) -> None:
