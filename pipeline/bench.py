@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from tnm_pipeline.engines import TensorSpec
 from tnm_pipeline.export.latency import Claim, LatencyRow, LatencyTable, claim
 from tnm_pipeline.export.verdicts.comparison import launch_finding
 from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.pipeline.foreign import made_up, named_sizes
 from tnm_pipeline.pipeline.rivals import Rival, Runtime, caveats, check_rivals, names_of, twin_of
+from tnm_pipeline.pipeline.tables import new_console, new_table
 from tnm_pipeline.pipeline.turns import sessions_for, time_in_turns
 
 BATCHES = "1,8,64"
@@ -71,10 +69,10 @@ class Bench:
 
     def show(self) -> None:
         """Print on stdout."""
-        console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        console = new_console()
         first = self.points[0].table
         console.print(f"{self.artifact} in {self.backend}, {first.repeats} rounds at each batch size")
-        table = Table("batch", "", "median", "p95", "samples/s", "ratio", "95% interval")
+        table = new_table("batch", "", "median", "p95", "samples/s", "ratio", "95% interval")
         for point in self.points:
             for row in point.table.rows:
                 table.add_row(str(point.batch), row.name, *_cells(row, baseline=row.name == point.table.baseline))

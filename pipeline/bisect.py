@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from tnm_pipeline.engines import TensorSpec
 from tnm_pipeline.export.departure import Departure, NodeError, find_departure
 from tnm_pipeline.export.errors import ExportRejected
 from tnm_pipeline.pipeline.foreign import inputs_of, made_up, named_sizes
+from tnm_pipeline.pipeline.tables import new_console, new_table
 
 _SAMPLES = 4  # in a made-up batch
 
@@ -83,9 +82,9 @@ class Bisection:
     def show(self) -> None:
         """Print on stdout."""
         found = self.departure
-        console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        console = new_console()
         console.print(f"{self.candidate} ({found.precision}) against {self.reference}, inputs {self.inputs}")
-        table = Table("node", "operator", "layer", "adds", "from its inputs", "in all", "largest value")
+        table = new_table("node", "operator", "layer", "adds", "from its inputs", "in all", "largest value")
         for error in found.worst:
             shares = (f"{share:.1e}" for share in (error.own, error.of_inputs, error.accumulated))
             table.add_row(error.node, error.op, error.layer, *shares, f"{error.largest:.3g}")

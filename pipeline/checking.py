@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from tnm_pipeline.engines import ArtifactRejected, EnvironmentLacks, Manifest, RunFailed, TensorSpec, verify_artifact
 from tnm_pipeline.engines.artifact import manifest_path, read_manifest
 from tnm_pipeline.engines.keys import TrustedKey
@@ -16,6 +14,7 @@ from tnm_pipeline.engines.manifest import Ranges
 from tnm_pipeline.engines.signature import check_signature, signature_path
 from tnm_pipeline.pipeline.errors import exit_code
 from tnm_pipeline.pipeline.source import source_of
+from tnm_pipeline.pipeline.tables import new_console
 
 _SUFFIX = ".manifest.json"
 
@@ -131,7 +130,7 @@ def refusal(checked: Sequence[Checked]) -> Exception | None:
 
 def show(checked: Sequence[Checked]) -> None:
     """Print a table for each artifact on stdout, one fact a line, however narrow the terminal is."""
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console = new_console()
     for item in checked:
         console.print(f"{item.path}: {'REFUSED' if item.refused else 'in order'}")
         for label, text in _rows(item):

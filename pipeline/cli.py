@@ -127,6 +127,8 @@ def export(
 ) -> None:
     """Export to ONNX, and with --trt build plans; everything in FOLDER/export and FOLDER/build, verified."""
     refuse_others("export")
+    if config and not trt:
+        _say_if_plans_are_left_out(config)
     config = config or _config_of(folder, checkpoint, model)
     chosen = {**_options(folder, model, data, None), "trt.enabled": trt, "calibration.source": calibration}
     if checkpoint:
@@ -305,6 +307,13 @@ def _options(folder: Path | None, model: str | None, data: str | None, pattern: 
     }
 
 
+def _say_if_plans_are_left_out(config: Path) -> None:
+    from tnm_pipeline.pipeline.config import stated
+
+    if stated("trt.enabled", path=config):
+        sys.stderr.write(f"{config} has trt.enabled = true, which counts for `run`: export builds plans with --trt\n")
+
+
 def _config_of(folder: Path | None, checkpoint: Path | None, model: str | None) -> Path | None:
     """The configuration that a run folder was made with, when `export` goes on from it; the usual folder is one."""
     from tnm_pipeline.pipeline.sections import RunSection
@@ -323,8 +332,11 @@ def _run(config: "Config", targets: set[str] | None, as_json: bool, *, keep: boo
     from tnm_pipeline.pipeline.run import execute
     from tnm_pipeline.pipeline.stages import LEARNED
     from tnm_pipeline.pipeline.summary import show, to_json
+    from tnm_pipeline.pipeline.tables import widened
 
-    done: dict[str, Done] = execute(config, targets, console=Console(stderr=True), keep=LEARNED if keep else ())
+    done: dict[str, Done] = execute(
+        config, targets, console=widened(Console(stderr=True)), keep=LEARNED if keep else ()
+    )
     if as_json:
         print_json(to_json(config, done))
     else:

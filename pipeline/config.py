@@ -95,11 +95,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), extra: Mapping
         ConfigError: missing or malformed file, unknown key, wrong type or value, with its place.
     """
     tree = _read(path) if path else {}
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {override}: write section.key=value, for example --set convert.method=adaprune")
-        _assign(tree, key.strip(), _value(text.strip()), f"--set {override}")
+    _override(tree, overrides)
     for key, value in (extra or {}).items():
         if value is not None:
             _assign(tree, key, value, key)
@@ -108,6 +104,27 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), extra: Mapping
     except ValidationError as error:
         place = str(path) if path else "the configuration"
         raise ConfigError(f"{place}: " + "; ".join(_explain(dict(item)) for item in error.errors())) from None
+
+
+def stated(dotted: str, *, path: Path | None = None, overrides: Sequence[str] = ()) -> Any:
+    """What a file and `--set` say of one key; None where they say nothing, or where there is no section for it.
+
+    Raises:
+        ConfigError: missing or malformed file, or an override that is no `section.key=value`.
+    """
+    found: Any = _read(path) if path else {}
+    _override(found, overrides)
+    for part in dotted.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def _override(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {override}: write section.key=value, for example --set convert.method=adaprune")
+        _assign(tree, key.strip(), _value(text.strip()), f"--set {override}")
 
 
 def _read(path: Path) -> dict[str, Any]:

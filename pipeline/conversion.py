@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from torch import nn
 
 from tnm_pipeline.pipeline.cache import JOURNAL
@@ -17,6 +16,7 @@ from tnm_pipeline.pipeline.errors import Stopped
 from tnm_pipeline.pipeline.heap import share_heap
 from tnm_pipeline.pipeline.learn import arguments, mask_picture, model_from, save, score
 from tnm_pipeline.pipeline.stages import Context
+from tnm_pipeline.pipeline.tables import new_console, new_table
 from tnm_pipeline.training.convert import Batch, Conversion
 from tnm_pipeline.training.convert import convert as convert_model
 from tnm_pipeline.training.convert.budget import Budget
@@ -29,8 +29,6 @@ from tnm_pipeline.training.selection import Selection
 from tnm_pipeline.training.unlabelled import count_examples, load_calibration
 
 _SHORT = ("layer", "pattern", "work", "kept", "predicted error", "why")  # what is shown before work starts
-_TEXTS = ("why", "why not")  # columns that may wrap
-_WIDE = 180  # characters, where nobody's window says
 _CONFIDENCE = 0.95  # of choose = "zeros", as in the paper
 
 
@@ -64,9 +62,7 @@ class Preview:
 
     def show(self) -> None:
         """Print all of it on stdout."""
-        console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-        if not console.is_terminal:
-            console.width = max(console.width, _WIDE)
+        console = new_console()
         console.print(self.plan.summary())
         console.print(plan_table(self.plan))
         for line in self.lines():
@@ -88,7 +84,7 @@ def plan_table(plan: Plan, columns: tuple[str, ...] | None = None) -> Table:
     rows = plan.rows()
     shown = [name for name in rows[0] if columns is None or name in columns]
     shown = [name for name in shown if any(row[name] != "-" for row in rows)]
-    table = Table(*(Column(name, no_wrap=name not in _TEXTS, overflow="fold") for name in shown))
+    table = new_table(*shown)
     for row in rows:
         table.add_row(*(row[name] for name in shown))
     return table

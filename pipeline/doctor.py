@@ -7,10 +7,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tnm_pipeline.engines.driver import Driver, probe
 from tnm_pipeline.export.environment import package_version
+from tnm_pipeline.pipeline.tables import new_console
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def diagnose() -> list[Finding]:
 
 def show(findings: list[Finding]) -> None:
     """Print the findings on stdout; remedies stand on lines of their own, to be copied."""
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console = new_console()
     for finding in findings:
         console.print(f"{'yes' if finding.works else 'no ':3}  {finding.ability}: {finding.detail}")
         if finding.remedy:

@@ -1,13 +1,12 @@
 """`inspect` and `verify`: what a file holds, recounted from the file itself."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from tnm_pipeline.engines import (
     ArtifactRejected,
@@ -19,11 +18,13 @@ from tnm_pipeline.engines import (
     load,
 )
 from tnm_pipeline.engines.artifact import manifest_path, read_manifest, verify_artifact
+from tnm_pipeline.engines.driver import probe
 from tnm_pipeline.engines.keys import TrustedKey
 from tnm_pipeline.export.counting import TENSORRT_PATTERN
 from tnm_pipeline.export.sparsity import LayerSparsity, SparsityReport, UnreadWeight, inspect_onnx
-from tnm_pipeline.export.verdicts.comparison import VERDICT
+from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.pipeline.source import source_of
+from tnm_pipeline.pipeline.tables import new_console, new_table
 from tnm_pipeline.training.pattern import Pattern
 
 _SIZES = (1, 8, 32, 64, 224)
@@ -73,12 +74,12 @@ class Facts:
 
     def show(self) -> None:
         """Print on stdout."""
-        console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        console = new_console()
         console.print(self.title)
         if self.rows:
             operators = any(row.op for row in self.rows)
             named = ("layer", "op") if operators else ("layer",)
-            table = Table(*named, "shape", "pattern", "density", "violations W", "violations W^T", "")
+            table = new_table(*named, "shape", "pattern", "density", "violations W", "violations W^T", "")
             for row in self.rows:
                 name = (row.layer, row.op) if operators else (row.layer,)
                 shape = "x".join(str(side) for side in row.shape)
@@ -100,6 +101,7 @@ def inspect_file(path: Path, pattern: str | None) -> Facts:
 
     Raises:
         ArtifactRejected: missing file, or a plan without a readable manifest.
+        ConfigError: a pattern for a plan, whose weights cannot be counted.
         CheckpointError: not a readable checkpoint.
         ExportRejected: not a readable ONNX file.
         PatternError: the pattern makes no sense.
@@ -110,7 +112,14 @@ def inspect_file(path: Path, pattern: str | None) -> Facts:
     if path.suffix == ".onnx":
         return _onnx_facts(path, asked)
     if path.suffix == ".plan" or manifest_path(path).exists():
-        return _plan_facts(path, read_manifest(path))
+        manifest = read_manifest(path)
+        if asked:
+            source = f", {path.parent / manifest.source_onnx}" if manifest.source_onnx else ""
+            raise ConfigError(
+                f"--pattern {asked}: the weights in the plan {path.name} cannot be counted; give the ONNX file that it "
+                f"was built from{source}"
+            )
+        return _plan_facts(path, manifest)
     return _checkpoint_facts(path, asked)
 
 
@@ -229,16 +238,28 @@ def _row(layer: LayerSparsity) -> Row:
 
 def _plan_facts(path: Path, manifest: Manifest) -> Facts:
     capabilities = ", ".join(manifest.compute_capabilities)
-    of_the_source = {key: value for key, value in manifest.sparsity.items() if key != VERDICT}
+    fallback = "" if probe().gpus else " --fallback onnxruntime"
     lines = [
         f"built by {manifest.backend} {manifest.backend_version} for compute capability {capabilities}",
         f"sparse weights flag: {'on' if manifest.sparse_weights_flag else 'off'}",
         f"source: {manifest.source_onnx}",
         f"inputs: {', '.join(map(_tensor, manifest.inputs))}; outputs: {', '.join(map(_tensor, manifest.outputs))}",
-        f"sparsity of its source: {of_the_source}",
-        f"check it with: tnm-pipeline verify {path}",
+        f"sparsity of its source: {_stated(manifest.sparsity)}",
+        f"check it with: tnm-pipeline verify {path}{fallback}",
     ]
     return Facts(f"{path}: {manifest.backend} plan, {manifest.precision}, {manifest.bytes:,} bytes", [], lines)
+
+
+def _stated(sparsity: Mapping[str, object]) -> str:
+    """What a manifest says of the layers, in words: how many are eligible, how many promise which pattern."""
+    words = []
+    if "eligible" in sparsity and "layers" in sparsity:
+        words.append(f"{sparsity['eligible']} of {sparsity['layers']} layers eligible")
+    patterns = sparsity.get("patterns")
+    if isinstance(patterns, Mapping):
+        counts = sorted(Counter(map(str, patterns.values())).items())
+        words += [f"{count} {'promises' if count == 1 else 'promise'} {pattern}" for pattern, count in counts]
+    return ", ".join(words) or "not stated"
 
 
 def _checkpoint_facts(path: Path, asked: Pattern | None) -> Facts:

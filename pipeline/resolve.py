@@ -6,10 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from tnm_pipeline.pipeline.cache import HUB
-from tnm_pipeline.pipeline.config import Config, load_config
+from tnm_pipeline.pipeline.config import Config, load_config, stated
 from tnm_pipeline.pipeline.errors import ConfigError
 
 DEMO = Path(__file__).with_name("demo.toml")
+
+_DECIDED_BY = {
+    "run.folder": "--folder",
+    "run.routes": "the command (`tnm-pipeline run` takes run.routes)",
+    "model.source": "--model",
+    "model.checkpoint": "the argument CHECKPOINT",
+    "data.source": "--data",
+    "sparsity.pattern": "--pattern",
+    "calibration.source": "--calibration",
+    "export.checkpoint": "the argument CHECKPOINT",
+    "trt.enabled": "--trt",
+}
 
 
 def resolve(
@@ -33,9 +45,11 @@ def resolve(
         needs_labels: without, unlabelled calibration data will do where no data set is known.
 
     Raises:
-        ConfigError: a source is missing, or named by the checkpoint but not trusted.
+        ConfigError: a source is missing, or named by the checkpoint but not trusted; an override says something else
+            than an option.
         CheckpointError: the checkpoint to start from, or the reference of a conversion, does not exist.
     """
+    _check_agreement(overrides, options)
     config = load_config(path, overrides, options)
     for checkpoint in (config.export.checkpoint or config.model.checkpoint, config.convert.reference):
         _check_exists(checkpoint)
@@ -60,6 +74,17 @@ def resolve(
             )
         filled[f"{section}.source"], filled[f"{section}.args"] = known["source"], known.get("args")
     return load_config(path, overrides, filled)
+
+
+def _check_agreement(overrides: Sequence[str], options: dict[str, Any]) -> None:
+    """Refuse what would be ignored: an override of a key that the command line sets in another way too."""
+    for key, decided in options.items():
+        asked = stated(key, overrides=overrides)
+        if decided is not None and asked is not None and asked != decided:
+            raise ConfigError(
+                f"--set {key} = {json.dumps(asked, default=str)} would be ignored: {_DECIDED_BY[key]} decides it, here "
+                f"{json.dumps(decided)}. Change that, and leave the --set out"
+            )
 
 
 def _record_of(checkpoint: Path) -> dict[str, Any]:

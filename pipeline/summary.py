@@ -10,6 +10,7 @@ from tnm_pipeline.pipeline.config import Config
 from tnm_pipeline.pipeline.metrics import metric_of, score_of
 from tnm_pipeline.pipeline.run import Done
 from tnm_pipeline.pipeline.stages import EVENTS
+from tnm_pipeline.pipeline.tables import new_console, new_table
 
 _ROUTES = {
     "dense": "dense baseline",
@@ -17,7 +18,7 @@ _ROUTES = {
     "convert": "converted from dense",
     "prune": "pruned, unstructured",
     "convert-unstructured": "pruned, then converted",
-    "best": "given sparse checkpoint",
+    "best": "given checkpoint",
 }
 
 
@@ -28,7 +29,7 @@ def to_json(config: Config, done: dict[str, Done]) -> dict[str, Any]:
 
 def show(config: Config, done: dict[str, Done]) -> None:
     """Print the scores, what was built, and what to do next."""
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console = new_console()
     folder = config.run.folder
     console.print(_scores(config, done))
     if "export" in done:
@@ -52,7 +53,7 @@ def show(config: Config, done: dict[str, Done]) -> None:
 def _scores(config: Config, done: dict[str, Done]) -> Table:
     metric = metric_of(item.result for item in done.values())
     unlabelled = [] if config.labelled else ["mean layer error"]
-    table = Table("checkpoint", "pattern", metric.name, "against dense", *unlabelled, "")
+    table = new_table("checkpoint", "pattern", metric.name, "against dense", *unlabelled, "")
     dense = score_of(done["dense"].result) if "dense" in done else None
     chosen = done["best"].result["route"] if "best" in done else None
     for name, label in _ROUTES.items():
@@ -60,7 +61,9 @@ def _scores(config: Config, done: dict[str, Done]) -> Table:
             continue
         result = done[name].result
         score = score_of(result)
-        pattern = "" if name in ("dense", "prune", "best") else _patterns(config, result)
+        pattern = "" if name in ("dense", "prune") else _patterns(config, result)
+        if name == "best":
+            pattern = _counted(done["export"].result["files"][0]["sparsity"]) if "export" in done else ""
         gap = "" if dense is None or score is None or name == "dense" else metric.gap(score - dense)
         scored = "no labels" if score is None else metric.text(score)
         errors = [] if config.labelled else [_layer_error(result)]
@@ -72,6 +75,15 @@ def _patterns(config: Config, result: dict[str, Any]) -> str:
     """What the layers of a route hold."""
     found = sorted({row["pattern"] for row in result.get("layers", []) if row.get("pattern")})
     return ", ".join(found) or config.sparsity.pattern
+
+
+def _counted(sparsity: dict[str, Any]) -> str:
+    """What the layers of a given checkpoint hold: what its record promises, else what was counted in the ONNX file."""
+    if promised := sorted(set(sparsity["patterns"].values())):
+        return ", ".join(promised)
+    if sparsity["eligible"]:
+        return f"promises none; 2:4 in {sparsity['eligible']} of {sparsity['layers']} layers"
+    return "dense: no layer holds 2:4 or promises a pattern"
 
 
 def _layer_error(result: dict[str, Any]) -> str:
@@ -93,11 +105,10 @@ def _show_verification(console: Console, result: dict[str, Any]) -> None:
         if "not_measured" in table:
             console.print(f"latency on {runtime}: not measured, it cannot run here")
             continue
-        row = next(row for row in table["rows"] if row["name"] == "sparse")
-        spread = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
+        row, claim = next(row for row in table["rows"] if row["name"] == "sparse"), table["claim"]
         console.print(
-            f"latency on {runtime}, batch {table['batch']}: {row['median_us']:.0f} us, "
-            f"{row['ratio']:.2f} of dense ({spread}): {table['claim']['sentence']} [{table['claim']['key']}]"
+            f"latency on {runtime}, batch {table['batch']}: {row['median_us']:.0f} us: "
+            f"{claim['sentence']} [{claim['key']}]"
         )
     plan = result["plan"]
     if plan and plan["fallback_reason"]:

@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from tnm_pipeline.engines import ArtifactRejected
 from tnm_pipeline.engines.artifact import manifest_path
+from tnm_pipeline.pipeline.tables import new_console, new_table
 from tnm_pipeline.training.checkpoint import Checkpoint, read_checkpoint
 from tnm_pipeline.training.layout import to_gemm
 from tnm_pipeline.training.masks import count_violations, kept_magnitude, solve
@@ -77,12 +77,11 @@ class WhatIf:
 
     def show(self) -> None:
         """Print on stdout."""
-        console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        console = new_console()
         console.print(self.title)
         if self.layers:
-            table = Table("layer", "shape", "density", "pattern")
-            for name in ("kept", "violations", "of groups"):
-                table.add_column(name, justify="right")
+            counts = ("kept", "violations", "of groups")
+            table = new_table("layer", "shape", "density", "pattern", *counts, right=counts)
             for row in self.layers:
                 shape = "x".join(str(side) for side in row.shape)
                 _add_rows(table, (row.layer, shape, f"{row.density:.1%}"), row.outcomes)

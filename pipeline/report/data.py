@@ -99,9 +99,11 @@ class Run:
 
     @property
     def pattern(self) -> str:
-        """What the sparse layers claim, in text form; `"sparse"` for a given checkpoint that claims nothing."""
+        """What the sparse layers claim, in text form; for a given checkpoint that claims nothing, `2:4` or `dense`."""
         claimed = sorted({layer.pattern for layer in self.layers if layer.pattern})
-        return ", ".join(claimed) or ("sparse" if self.route == "given" else self.config.sparsity.pattern)
+        if claimed or self.route != "given":
+            return ", ".join(claimed) or self.config.sparsity.pattern
+        return "2:4" if any(layer.eligible for layer in self.layers) else "dense"
 
     @property
     def unlabelled(self) -> bool:
@@ -238,7 +240,7 @@ def _scores(config: Config, results: _Results, route: str | None) -> Iterator[Sc
             yield Score(label, text, score, exported=stage == route and "best" in results)
     given_score = score_of(results["best"]) if route == "given" else None
     if given_score is not None:
-        yield Score("sparse checkpoint, given", "", given_score, exported=True)
+        yield Score("checkpoint, given", "", given_score, exported=True)
     checked = results["verify"]["scores"] if "verify" in results else {}
     for key in checked:
         if key.startswith("onnx "):

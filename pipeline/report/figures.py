@@ -49,7 +49,7 @@ def score_figure(scores: Sequence[Score], metric: Metric, samples: int | None) -
     """
     scale = metric.scale
     intervals = [_wilson(score.value, samples) if samples else (score.value, score.value) for score in scores]
-    ends = _span(100 * min(low for low, _ in intervals), 100 * max(high for _, high in intervals))
+    ends = _span(100 * min(low for low, _ in intervals), 100 * max(high for _, high in intervals), scale < 100)
     trace = {
         "type": "scatter",
         "mode": "markers",
@@ -208,12 +208,15 @@ def _wilson(share: float, samples: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def _span(low: float, high: float) -> tuple[float, float]:
-    """An axis on whole fives around the values, at least `_SPAN` points long, with room for the end markers."""
+def _span(low: float, high: float, signed: bool = False) -> tuple[float, float]:
+    """An axis on whole fives around the values, at least `_SPAN` points long, with room for the end markers.
+
+    It ends at 0 and 100, or at -100 and 100 if the values have a sign.
+    """
     floor, ceiling = 5 * math.floor((low - 1) / 5), 5 * math.ceil((high + 1) / 5)
     while ceiling - floor < _SPAN:
         floor -= 5
-    return max(floor, -1), min(ceiling, 101)
+    return max(floor, -101 if signed else -1), min(ceiling, 101)
 
 
 def _color(score: Score) -> str:

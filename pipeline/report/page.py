@@ -50,7 +50,7 @@ def _html(run: Run) -> str:
     jinja.filters |= {"percent": _percent, "size": _size, "scientific": _scientific, "time": _time}
     figures: dict[str, Any] = {}
     if run.scores:
-        figures["scores"] = score_figure(run.scores, run.metric, run.samples)
+        figures["scores"] = score_figure(run.scores, run.metric, run.samples if run.metric.scale == 100 else None)
     if run.curves:
         figures["curves"] = curves_figure(run.curves, run.metric)
     others = alternatives(run)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from tnm_pipeline.engines.tensors import TensorSpec
 from tnm_pipeline.pipeline import twins
 from tnm_pipeline.pipeline.calls import resized
 from tnm_pipeline.pipeline.config import Config
+from tnm_pipeline.pipeline.run import Done
+from tnm_pipeline.pipeline.summary import show
 
 Tnm = Callable[..., Ended]
 NETS = """
@@ -79,6 +82,13 @@ def test_a_profile_is_asked_within_its_ranges_and_a_typo_is_named(given: Tnm) ->
     assert "did you mean batch?" in refused.err
 
 
+def test_a_file_that_asks_for_plans_is_answered(given: Tnm, tmp_path: Path) -> None:
+    (tmp_path / "plans.toml").write_text("[trt]\nenabled = true\n", encoding="utf-8")
+    ended = given("--config", "plans.toml", "--set", "export.precisions=['fp32']")
+    assert "plans.toml has trt.enabled = true, which counts for `run`: export builds plans with --trt" in ended.err
+    assert not (tmp_path / "run/build").exists()
+
+
 def test_data_that_the_model_does_not_take(given: Tnm, tmp_path: Path) -> None:
     wrong = np.zeros((24, 15), np.float32)
     np.savez(tmp_path / "two.npz", left=wrong, right=wrong)
@@ -112,6 +122,36 @@ def test_plans_for_another_gpu_than_this_one_are_deployed_without_timing(
     deployed = twins.deploy(Config(), plans)
     assert (deployed["twin"], deployed["key"], deployed["latency"]) == ("sparse", "not-measured", None)
     assert "needs a GPU" in deployed["why"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "eligible", "said"),
+    [
+        ({"3": "2:4-T", "6": "2:4-T"}, 2, "2:4-T"),
+        ({}, 2, "promises none; 2:4 in 2 of 3 layers"),
+        ({}, 0, "dense: no layer holds 2:4 or promises a pattern"),
+    ],
+)
+def test_what_is_said_of_a_given_checkpoint(
+    capsys: pytest.CaptureFixture[str], patterns: dict[str, str], eligible: int, said: str
+) -> None:
+    """And of latency, one interval: that of the claim."""
+    sparsity = {"layers": 3, "eligible": eligible, "patterns": patterns}
+    claim = {"key": "no-difference", "sentence": "the interval 0.995 to 1.084 holds 1", "remedy": ""}
+    row = {"name": "sparse", "median_us": 24.0, "ratio": 1.04, "ratio_low": 1.02, "ratio_high": 1.06}
+    results: dict[str, dict[str, Any]] = {
+        "best": {"route": "given", "metric": "accuracy", "accuracy": 0.9},
+        "export": {"files": [{"file": "model.fp32.onnx", "bytes": 10, "sparsity": sparsity}]},
+        "verify": {
+            "parity": {"fp32": {"max_abs": 0.0}},
+            "latency": {"onnxruntime": {"batch": 8, "rows": [row], "claim": claim}},
+            "plan": None,
+        },
+    }
+    show(Config(), {name: Done(result, cached=False, seconds=1.0) for name, result in results.items()})
+    out = capsys.readouterr().out
+    assert f"│ given checkpoint │ {said} │ 90.00%" in " ".join(out.split())
+    assert "batch 8: 24 us: the interval 0.995 to 1.084 holds 1 [no-difference]" in out
 
 
 def test_calls_are_cut_and_repeated_to_fit() -> None:

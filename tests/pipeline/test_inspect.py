@@ -9,13 +9,19 @@ import pytest
 import torch
 from onnx import NodeProto, numpy_helper
 from onnx.helper import make_node
+from rich.console import Console
+from safetensors.torch import save_file
 
 from tests.export.graphs import tensor, write
 from tnm_pipeline.engines import ArtifactRejected, RunFailed
 from tnm_pipeline.engines.artifact import manifest_path, read_manifest, write_manifest
+from tnm_pipeline.engines.driver import Driver, Gpu
 from tnm_pipeline.export.artifacts import onnx_manifest
 from tnm_pipeline.export.sparsity import inspect_onnx
+from tnm_pipeline.pipeline import inspect
+from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.pipeline.inspect import Facts, Row, inspect_file, verify_file
+from tnm_pipeline.pipeline.what_if import what_if_file
 from tnm_pipeline.training.checkpoint import CheckpointError
 
 
@@ -27,9 +33,20 @@ def test_a_plan_without_its_manifest(small_run: Path, tmp_path: Path) -> None:
         verify_file(plan, "onnxruntime")
 
 
-def test_a_plan_says_which_patterns_its_source_holds(small_run: Path) -> None:
-    facts = inspect_file(small_run / "run/build/model.fp16.plan", None)
-    assert any("'3': '2:4-T'" in line for line in facts.lines)
+def test_a_plan_says_in_words_what_its_source_holds_and_how_to_check_it(
+    small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = small_run / "run/build/model.fp16.plan"
+    for gpus, option in (((), " --fallback onnxruntime"), ((Gpu("NVIDIA A100", "8.0"),), "")):
+        monkeypatch.setattr(inspect, "probe", lambda gpus=gpus: Driver("13.0", gpus, None))
+        lines = inspect_file(plan, None).lines
+        assert "sparsity of its source: 3 of 5 layers eligible, 3 promise 2:4-T" in lines
+        assert f"check it with: tnm-pipeline verify {plan}{option}" in lines
+
+
+def test_a_plan_cannot_be_counted(small_run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--pattern 4:8: the weights .* cannot be counted; .*model\.fp16\.onnx"):
+        inspect_file(small_run / "run/build/engine.plan", "4:8")
 
 
 def test_a_checkpoint_is_inspected_and_not_verified(small_run: Path) -> None:
@@ -52,6 +69,24 @@ def test_arrays_are_no_checkpoint(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=np.zeros(3))
     with pytest.raises(CheckpointError, match="was not opened"):
         inspect_file(tmp_path / "data.npz", None)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_names_are_never_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, narrow: bool
+) -> None:
+    """In a log a layer has one line; in a narrow window its name goes on in the next one."""
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"bert.encoder.layer.{number}.attention.self.query.dense.inner" for number in range(12)]
+    save_file({f"{name}.weight": torch.ones(8, 8) for name in names}, path := tmp_path / "long.safetensors")
+    monkeypatch.setattr(Console, "is_terminal", property(lambda _: narrow))
+    for facts in (inspect_file(path, None), what_if_file(path, "2:4")):
+        facts.show()
+        lines = capsys.readouterr().out.splitlines()
+        shown = "".join(line.split("│")[1].strip() if "│" in line else " " for line in lines)
+        for name in names:
+            assert name in shown
+            assert narrow or any(f" {name} " in line for line in lines)
 
 
 def test_anybodys_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

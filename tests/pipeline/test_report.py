@@ -52,6 +52,23 @@ def test_figures_are_what_plotly_knows(folder: Path) -> None:
     go.Figure(curves_figure(run.curves, run.metric))
 
 
+def test_a_correlation_may_be_negative_and_has_no_interval_of_a_proportion(folder: Path) -> None:
+    scores = {"train": 0.21, "convert": -0.3, "prune": 0.1, "convert-unstructured": 0.05, "dense": 0.28, "best": 0.21}
+    for stage, score in scores.items():
+        edit(folder, stage, lambda result, score=score: result.update(metric="spearman", spearman=score))
+    for stage in ("train", "dense"):
+        edit(folder, stage, lambda result: result["history"].update(spearman=result["history"]["accuracy"]))
+    checked = {"torch": -0.02, "onnx fp32": -0.02, "onnx fp16": -0.02, "dense": 0.28}
+    edit(folder, "verify", lambda result: result.update(metric="spearman", scores=checked))
+    page = Page(render(folder))
+    assert "Wilson" not in page.words
+    figure = next(json.loads(text) for kind, text in page.scripts if kind == "application/json")
+    assert "error_x" not in figure["data"][0]
+    low, high = figure["layout"]["xaxis"]["range"]
+    assert low < -0.3
+    assert high > 0.28
+
+
 def test_names_of_users_are_text(folder: Path) -> None:
     evil = "<script>alert(1)</script>"
     for stage in ("train", "export"):
@@ -121,6 +138,22 @@ def test_a_given_checkpoint_has_no_twin(folder: Path) -> None:
     words = Page(render(folder)).words
     assert "does not ask for the stage build" in words
     assert "The checkpoint was given" in words
+
+
+def test_a_given_checkpoint_without_zeros_is_called_dense(folder: Path) -> None:
+    keep(folder, ("best", "export"))
+    text = config_text(folder, "export.checkpoint=given.safetensors", "trt.enabled=false")
+    folder.joinpath("config.toml").write_text(text, encoding="utf-8")
+    edit(folder, "best", lambda result: result.update(route="given", candidates={}))
+
+    def fill(result: dict[str, Any]) -> None:
+        for file in result["files"]:
+            for layer in file["sparsity"]["per_layer"]:
+                layer.update(pattern=None, eligible=False)
+
+    edit(folder, "export", fill)
+    assert verdict(read_run(folder)).startswith("The given dense checkpoint scores 94.4%, with no dense twin")
+    assert "sparse checkpoint, given" not in Page(render(folder)).words
 
 
 def test_stages_that_the_configuration_does_not_ask_for_are_not_shown(folder: Path) -> None:

@@ -41,6 +41,23 @@ def test_what_the_user_says_wins(ours: Path) -> None:
     assert (config.model.source, config.model.args) == ("digits-cnn", {"channels": 2})
 
 
+@pytest.mark.parametrize(
+    ("override", "options", "said"),
+    [
+        ("trt.enabled=true", {"trt.enabled": False}, "enabled = true would be ignored: --trt decides it, here false"),
+        ("trt = { enabled = true }", {"trt.enabled": False}, "--trt decides it"),
+        ('run.routes=["foo"]', {"run.routes": ["train"]}, "the command .`tnm-pipeline run` takes run.routes. decides"),
+        ("sparsity.pattern=4:8", {"sparsity.pattern": "2:4"}, "--pattern decides it"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(ours: Path, override: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve(None, [override], options, remembers=ours)
+    agreed = dict.fromkeys(options)
+    resolve(None, ["trt.enabled=true", "sparsity.pattern=4:8"], agreed, remembers=ours)
+    resolve(None, ["trt.enabled=false"], {"trt.enabled": False}, remembers=ours)
+
+
 def test_code_that_only_a_file_names_is_not_trusted(foreign: Path) -> None:
     with pytest.raises(ConfigError, match=r"--model theirs:model or --trust-source"):
         resolve(None, [], {}, remembers=foreign)
