@@ -23,7 +23,7 @@ from tnm_pipeline.engines.keys import TrustedKey
 from tnm_pipeline.export.counting import TENSORRT_PATTERN
 from tnm_pipeline.export.sparsity import LayerSparsity, SparsityReport, UnreadWeight, inspect_onnx
 from tnm_pipeline.pipeline.errors import ConfigError
-from tnm_pipeline.pipeline.source import source_of
+from tnm_pipeline.pipeline.source import refuse_checkpoint, source_of
 from tnm_pipeline.pipeline.tables import new_console, new_table
 from tnm_pipeline.training.pattern import Pattern
 
@@ -111,7 +111,7 @@ def inspect_file(path: Path, pattern: str | None) -> Facts:
         raise ArtifactRejected(f"{path} is no file: give a checkpoint, an .onnx file or a .plan")
     if path.suffix == ".onnx":
         return _onnx_facts(path, asked)
-    if path.suffix == ".plan" or manifest_path(path).exists():
+    if path.suffix == ".plan" or path.name.endswith(".manifest.json") or manifest_path(path).exists():
         manifest = read_manifest(path)
         if asked:
             source = f", {path.parent / manifest.source_onnx}" if manifest.source_onnx else ""
@@ -168,8 +168,7 @@ def verify_file(
         ArtifactRejected: the artifact, its source or a manifest is not what it should be, or a promised pattern is
             broken.
     """
-    if path.suffix in (".safetensors", ".pt", ".pth"):
-        raise ArtifactRejected(f"{path} is a checkpoint: `tnm-pipeline inspect {path}` counts what it holds")
+    refuse_checkpoint(path)
     manifest = verify_artifact(path)
     lines = [f"sha256 {manifest.sha256}: as in the manifest"]
     source = path if manifest.backend == "onnxruntime" else source_of(path, manifest)
@@ -263,10 +262,12 @@ def _stated(sparsity: Mapping[str, object]) -> str:
 
 
 def _checkpoint_facts(path: Path, asked: Pattern | None) -> Facts:
+    from tnm_pipeline.pipeline.resolve import check_checkpoint
     from tnm_pipeline.pipeline.what_if import prunable_weights
     from tnm_pipeline.training.checkpoint import read_checkpoint
     from tnm_pipeline.training.masks import count_violations
 
+    check_checkpoint(path)
     checkpoint = read_checkpoint(path)
     promised = {name: Pattern.parse(text) for name, text in checkpoint.record.get("layers", {}).items()}
     rows = []

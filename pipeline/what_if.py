@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tnm_pipeline.engines import ArtifactRejected
 from tnm_pipeline.engines.artifact import manifest_path
+from tnm_pipeline.pipeline.resolve import check_checkpoint
 from tnm_pipeline.pipeline.tables import new_console, new_table
 from tnm_pipeline.training.checkpoint import Checkpoint, read_checkpoint
 from tnm_pipeline.training.layout import to_gemm
@@ -112,6 +113,7 @@ def what_if_file(path: Path, patterns: str) -> WhatIf:
             f"{path} is no checkpoint, and --what-if reads the weights of one: give the file that it was exported "
             "from, such as best/model.safetensors or dense/model.safetensors in its run folder"
         )
+    check_checkpoint(path)
     weights = list(prunable_weights(read_checkpoint(path)))
     layers = tuple(
         LayerOutcomes(

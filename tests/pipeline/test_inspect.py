@@ -21,6 +21,7 @@ from tnm_pipeline.export.sparsity import inspect_onnx
 from tnm_pipeline.pipeline import inspect
 from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.pipeline.inspect import Facts, Row, inspect_file, verify_file
+from tnm_pipeline.pipeline.rivals import Rival
 from tnm_pipeline.pipeline.what_if import what_if_file
 from tnm_pipeline.training.checkpoint import CheckpointError
 
@@ -44,14 +45,24 @@ def test_a_plan_says_in_words_what_its_source_holds_and_how_to_check_it(
         assert f"check it with: tnm-pipeline verify {plan}{option}" in lines
 
 
+def test_a_manifest_is_not_the_artifact(small_run: Path) -> None:
+    path = small_run / "run/export/model.fp32.onnx.manifest.json"
+    said = r"is a manifest: give the artifact that it describes, .*/model\.fp32\.onnx$"
+    for look in (lambda: inspect_file(path, None), lambda: verify_file(path, "error"), lambda: Rival(path, None)):
+        with pytest.raises(ArtifactRejected, match=said):
+            look()
+
+
 def test_a_plan_cannot_be_counted(small_run: Path) -> None:
     with pytest.raises(ConfigError, match=r"--pattern 4:8: the weights .* cannot be counted; .*model\.fp16\.onnx"):
         inspect_file(small_run / "run/build/engine.plan", "4:8")
 
 
 def test_a_checkpoint_is_inspected_and_not_verified(small_run: Path) -> None:
-    with pytest.raises(ArtifactRejected, match="tnm-pipeline inspect"):
-        verify_file(small_run / "run/train/model.safetensors", "error")
+    path = small_run / "run/train/model.safetensors"
+    for look in (lambda: verify_file(path, "error"), lambda: Rival(path, None)):
+        with pytest.raises(ArtifactRejected, match="is a checkpoint: `tnm-pipeline inspect"):
+            look()
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
@@ -67,8 +78,9 @@ def test_a_whole_model_names_the_class_that_it_would_run(tmp_path: Path) -> None
 
 def test_arrays_are_no_checkpoint(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=np.zeros(3))
-    with pytest.raises(CheckpointError, match="was not opened"):
-        inspect_file(tmp_path / "data.npz", None)
+    for look in (lambda path: inspect_file(path, None), lambda path: what_if_file(path, "2:4")):
+        with pytest.raises(CheckpointError, match=r"data\.npz is an \.npz of arrays, not a checkpoint"):
+            look(tmp_path / "data.npz")
 
 
 @pytest.mark.parametrize("narrow", [False, True])
