@@ -115,9 +115,9 @@ def test_anybodys_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ]
     path = write(tmp_path / "m.onnx", nodes, [tensor("x", "n", 8)], [tensor("y", "n", 8)], weights=weights)
     facts = inspect_file(path, None)
-    assert [(row.layer, row.op, row.node, row.note) for row in facts.rows] == [
-        ("z", "MatMul", "first", "breaks 2:4 in 16 groups"),
-        ("a", "MatMul", "second", "eligible"),
+    assert [(row.layer, row.op, row.node, row.note, row.key) for row in facts.rows] == [
+        ("z", "MatMul", "first", "100.0% of its weights are not zero, so nothing was pruned", "not-pruned"),
+        ("a", "MatMul", "second", "eligible", ""),
     ]
     assert facts.totals == {
         "layers": 2,
@@ -130,11 +130,22 @@ def test_anybodys_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     }
     told = json.loads(json.dumps(facts.to_dict()))
     assert told["totals"] == facts.totals
-    assert told["unread"][0]["node"] == "third"
+    assert (told["unread"][0]["node"], told["unread"][0]["key"]) == ("third", "computed-weight")
+    assert "train or convert it" in told["rows"][0]["remedy"]
     facts.show()
     said = capsys.readouterr().out
     assert "eligible for 2:4: 1 layers with 50.0% of the weights" in said
+    assert "so nothing was pruned [not-pruned]" in " ".join(said.split())
     assert "not counted: third (MatMul): it comes out of Mul node 'scaling'" in said
+
+
+def test_zeros_along_the_wrong_axis_and_of_another_pattern_are_told_apart(tmp_path: Path) -> None:
+    along = np.tile(np.array([1, 0, 0, 1], np.float32), (8, 2))  # (K, O)
+    coarse = np.tile(np.array([1, 1, 1, 1, 0, 0, 0, 0], np.float32)[:, None], (1, 8))
+    weights = [numpy_helper.from_array(along, "along"), numpy_helper.from_array(coarse, "coarse")]
+    nodes = [make_node("MatMul", ["x", "along"], ["h"], "one"), make_node("MatMul", ["h", "coarse"], ["y"], "two")]
+    path = write(tmp_path / "m.onnx", nodes, [tensor("x", "n", 8)], [tensor("y", "n", 8)], weights=weights)
+    assert [row.key for row in inspect_file(path, None).rows] == ["wrong-axis", "other-pattern"]
 
 
 def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
