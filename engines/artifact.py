@@ -18,10 +18,12 @@ from tnm_pipeline.engines.keys import TrustedKey, private_key
 from tnm_pipeline.engines.manifest import ExternalFile, Manifest
 from tnm_pipeline.engines.signature import check_signature, signature_path
 
+_SUFFIX = ".manifest.json"
+
 
 def manifest_path(artifact: Path) -> Path:
     """Where the manifest of `artifact` lives: beside it, with `.manifest.json` appended."""
-    return artifact.with_name(artifact.name + ".manifest.json")
+    return artifact.with_name(artifact.name + _SUFFIX)
 
 
 def sha256_of(path: Path) -> str:
@@ -172,6 +174,9 @@ def _require_file(artifact: Path) -> None:
 
 def _manifest_bytes(artifact: Path) -> bytes:
     path = manifest_path(artifact)
+    if not path.exists() and artifact.name.endswith(_SUFFIX):
+        described = artifact.with_name(artifact.name.removesuffix(_SUFFIX))
+        raise ArtifactRejected(f"{artifact} is a manifest: give the artifact that it describes, {described}")
     try:
         if path.exists() and not path.is_file():  # to open a pipe would wait for ever
             raise ArtifactRejected(f"{path} cannot be read: it is not a file. {_rebuild(artifact)}")

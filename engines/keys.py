@@ -130,8 +130,9 @@ def _public_key(key: TrustedKey) -> "Ed25519PublicKey":
         if len(key) != 32:
             raise KeyRejected(f"a trusted key in bytes has {len(key)} of them, and Ed25519 has 32; or give a PEM file")
         return Ed25519PublicKey.from_public_bytes(key)
+    content = _content(Path(key))
     try:
-        loaded = load_pem_public_key(_content(Path(key)))
+        loaded = load_pem_public_key(content)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise KeyRejected(f"{key} is no public key: {error}. {_MAKE}") from error
     if not isinstance(loaded, Ed25519PublicKey):

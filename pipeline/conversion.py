@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,12 @@ from tnm_pipeline.training.convert.plan import Plan, PlanError
 from tnm_pipeline.training.convert.planning import plan as make_plan
 from tnm_pipeline.training.pattern import Pattern
 from tnm_pipeline.training.selection import Selection
+from tnm_pipeline.training.sources import SourceError
 from tnm_pipeline.training.unlabelled import count_examples, load_calibration
 
 _SHORT = ("layer", "pattern", "work", "kept", "predicted error", "why")  # what is shown before work starts
+_TABLES = (".tsv", ".csv")  # of pairs
+_TEST_SETS = ("test", "test_where", "test_fraction")
 _CONFIDENCE = 0.95  # of choose = "zeros", as in the paper
 
 
@@ -200,9 +205,14 @@ def calibration_batches(config: Config) -> list[Batch]:
     """The unlabelled batches: of `[calibration]`, or the training inputs of `[data]`.
 
     Raises:
-        SourceError: they cannot be read.
+        SourceError: they cannot be read, or a table does not say which of its pairs are for testing.
     """
     chosen = _calibration(config)
+    if config.calibration.source.endswith(_TABLES) and not chosen["args"].keys() & set(_TEST_SETS):
+        raise SourceError(
+            f"{chosen['source']}: calibration takes the pairs of a table that are for training, so name the others: "
+            f"--set calibration.args='{{ test_fraction = 0.1 }}', or any of {', '.join(_TEST_SETS)}"
+        )
     return load_calibration(
         chosen["source"],
         chosen["args"],
@@ -224,6 +234,7 @@ def _preview(config: Config, model: nn.Module, reference: nn.Module | None, batc
     settings = config.convert
     patterns = [Pattern.parse(text) for text in config.candidates]
     find_method(settings.method, patterns)  # before any pass
+    _check_names(model, batches, _calibration(config)["source"])
     budget = Budget(settings.max_dense, settings.work) if settings.choose == "budget" else None
     share_heap()
     plan = make_plan(
@@ -251,6 +262,22 @@ def _preview(config: Config, model: nn.Module, reference: nn.Module | None, batc
         workers=workers(config),
     )
     return Preview(plan, settings.method, count_examples(batches), len(batches), memory)
+
+
+def _check_names(model: nn.Module, batches: list[Batch], source: str) -> None:
+    """Refuse inputs by names that the model's forward does not have.
+
+    Raises:
+        SourceError: there are some.
+    """
+    names = list(batches[0]) if isinstance(batches[0], Mapping) else []
+    taken = signature(model.forward).parameters
+    unknown = [name for name in names if name not in taken]
+    if unknown and all(each.kind is not Parameter.VAR_KEYWORD for each in taken.values()):
+        raise SourceError(
+            f"{source} holds {', '.join(unknown)}, and {type(model).__name__}.forward takes {', '.join(taken)}: give "
+            "the arrays those names, or x to a single one that holds the model's input"
+        )
 
 
 def _selection(config: Config) -> Selection:

@@ -21,13 +21,17 @@ from tnm_pipeline.engines.artifact import manifest_path, read_manifest, verify_a
 from tnm_pipeline.engines.driver import probe
 from tnm_pipeline.engines.keys import TrustedKey
 from tnm_pipeline.export.counting import TENSORRT_PATTERN
+from tnm_pipeline.export.graph import open_onnx
+from tnm_pipeline.export.reasons import Finding
 from tnm_pipeline.export.sparsity import LayerSparsity, SparsityReport, UnreadWeight, inspect_onnx
+from tnm_pipeline.export.verdicts.faults import Faults
 from tnm_pipeline.pipeline.errors import ConfigError
-from tnm_pipeline.pipeline.source import source_of
+from tnm_pipeline.pipeline.source import refuse_checkpoint, source_of
 from tnm_pipeline.pipeline.tables import new_console, new_table
 from tnm_pipeline.training.pattern import Pattern
 
 _SIZES = (1, 8, 32, 64, 224)
+_UNREAD = "computed-weight"  # in docs/not-faster.md
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,11 @@ class Row:
     """One layer of a file. Counts are of groups with more than N non-zeros.
 
     Attributes:
+        note: `"eligible"` or why not; of a checkpoint, what it was counted against.
         op: the ONNX operator and
         node: the ONNX node that the weight is used by; empty for a checkpoint.
+        key: of why it is not eligible, in docs/not-faster.md; empty for others.
+        remedy: what to do about it.
     """
 
     layer: str
@@ -48,6 +55,8 @@ class Row:
     note: str
     op: str = ""
     node: str = ""
+    key: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,8 @@ class Facts:
     unread: list[UnreadWeight] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-able values."""
-        return asdict(self)
+        """The fields as JSON-able values; why a weight was not counted has a key as well."""
+        return asdict(self) | {"unread": [asdict(weight) | {"key": _UNREAD} for weight in self.unread]}
 
     def show(self) -> None:
         """Print on stdout."""
@@ -84,10 +93,11 @@ class Facts:
                 name = (row.layer, row.op) if operators else (row.layer,)
                 shape = "x".join(str(side) for side in row.shape)
                 counts = (str(row.violations), str(row.violations_transposed))
-                table.add_row(*name, shape, row.pattern, f"{row.density:.1%}", *counts, row.note)
+                note = f"{row.note} [{row.key}]" if row.key else row.note
+                table.add_row(*name, shape, row.pattern, f"{row.density:.1%}", *counts, note)
             console.print(table)
         for weight in self.unread:
-            console.print(f"not counted: {weight.name} ({weight.op}): {weight.why}")
+            console.print(f"not counted: {weight.name} ({weight.op}): {weight.why} [{_UNREAD}]")
         for line in self.lines:
             console.print(line)
 
@@ -111,7 +121,7 @@ def inspect_file(path: Path, pattern: str | None) -> Facts:
         raise ArtifactRejected(f"{path} is no file: give a checkpoint, an .onnx file or a .plan")
     if path.suffix == ".onnx":
         return _onnx_facts(path, asked)
-    if path.suffix == ".plan" or manifest_path(path).exists():
+    if path.suffix == ".plan" or path.name.endswith(".manifest.json") or manifest_path(path).exists():
         manifest = read_manifest(path)
         if asked:
             source = f", {path.parent / manifest.source_onnx}" if manifest.source_onnx else ""
@@ -134,7 +144,7 @@ def _onnx_facts(path: Path, asked: Pattern | None) -> Facts:
         + ("" if any(layer.pattern for layer in report.layers) else f", counted against {TENSORRT_PATTERN}"),
     ]
     lines += [f"promised and not in the file: {', '.join(report.missing)}"] if report.missing else []
-    return Facts(f"{path}: ONNX", [_row(layer) for layer in report.layers], lines, totals, list(report.unread))
+    return Facts(f"{path}: ONNX", _rows(path, report), lines, totals, list(report.unread))
 
 
 def _totals(report: SparsityReport) -> dict[str, int]:
@@ -168,8 +178,7 @@ def verify_file(
         ArtifactRejected: the artifact, its source or a manifest is not what it should be, or a promised pattern is
             broken.
     """
-    if path.suffix in (".safetensors", ".pt", ".pth"):
-        raise ArtifactRejected(f"{path} is a checkpoint: `tnm-pipeline inspect {path}` counts what it holds")
+    refuse_checkpoint(path)
     manifest = verify_artifact(path)
     lines = [f"sha256 {manifest.sha256}: as in the manifest"]
     source = path if manifest.backend == "onnxruntime" else source_of(path, manifest)
@@ -200,7 +209,7 @@ def verify_file(
         raise ArtifactRejected(f"{path.name} gives NaN or Inf for an input of zeros; export it again")
     return Facts(
         f"{path}: {manifest.backend} {manifest.backend_version}, {manifest.precision}",
-        [_row(layer) for layer in layers],
+        _rows(source, report),
         lines,
     )
 
@@ -222,7 +231,12 @@ def _promised(onnx_path: Path) -> dict[str, Pattern]:
     return {name: Pattern.parse(text) for name, text in promised.items()}
 
 
-def _row(layer: LayerSparsity) -> Row:
+def _rows(path: Path, report: SparsityReport) -> list[Row]:
+    faults = Faults(open_onnx(path))
+    return [_row(layer, None if layer.eligible else faults.exclusion(layer)) for layer in report.layers]
+
+
+def _row(layer: LayerSparsity, excluded: Finding | None) -> Row:
     return Row(
         layer=layer.name,
         shape=tuple(layer.shape),
@@ -230,9 +244,11 @@ def _row(layer: LayerSparsity) -> Row:
         density=layer.density,
         violations=layer.violations,
         violations_transposed=layer.violations_transposed,
-        note="eligible" if layer.eligible else layer.why,
+        note="eligible" if excluded is None else excluded.message,
         op=layer.op,
         node=layer.node,
+        key="" if excluded is None else excluded.key,
+        remedy="" if excluded is None else excluded.remedy,
     )
 
 
@@ -263,10 +279,12 @@ def _stated(sparsity: Mapping[str, object]) -> str:
 
 
 def _checkpoint_facts(path: Path, asked: Pattern | None) -> Facts:
+    from tnm_pipeline.pipeline.resolve import check_checkpoint
     from tnm_pipeline.pipeline.what_if import prunable_weights
     from tnm_pipeline.training.checkpoint import read_checkpoint
     from tnm_pipeline.training.masks import count_violations
 
+    check_checkpoint(path)
     checkpoint = read_checkpoint(path)
     promised = {name: Pattern.parse(text) for name, text in checkpoint.record.get("layers", {}).items()}
     rows = []

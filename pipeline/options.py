@@ -16,7 +16,9 @@ DataOption = Annotated[
 ]
 CalibrationOption = Annotated[
     str | None,
-    typer.Option("--calibration", help="Unlabelled inputs: .npz, .txt, image folder, hf:NAME or module:function."),
+    typer.Option(
+        "--calibration", help="Unlabelled inputs: .npz, .txt, .tsv, .csv, image folder, hf:NAME, module:function."
+    ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")]
 PatternOption = Annotated[str | None, typer.Option("--pattern", help="2:4, 2:4-T, 4:8 ...: N kept of M, -T both ways.")]

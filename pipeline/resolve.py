@@ -11,6 +11,7 @@ from tnm_pipeline.pipeline.errors import ConfigError
 
 DEMO = Path(__file__).with_name("demo.toml")
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _DECIDED_BY = {
     "run.folder": "--folder",
     "run.routes": "the command (`tnm-pipeline run` takes run.routes)",
@@ -52,7 +53,8 @@ def resolve(
     _check_agreement(overrides, options)
     config = load_config(path, overrides, options)
     for checkpoint in (config.export.checkpoint or config.model.checkpoint, config.convert.reference):
-        _check_exists(checkpoint)
+        if checkpoint:
+            check_checkpoint(checkpoint)
     filled = dict(options)
     record = _record_of(remembers) if remembers else {}
     for section in ("model", "data"):
@@ -102,8 +104,21 @@ def _record_of(checkpoint: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _check_exists(checkpoint: Path | None) -> None:
-    if checkpoint and not checkpoint.is_file():
-        from tnm_pipeline.training.checkpoint import CheckpointError  # loads torch
+def check_checkpoint(path: Path) -> None:
+    """Refuse what is no checkpoint at the first look, before anything is imported for it.
 
-        raise CheckpointError(f"checkpoint {checkpoint} does not exist")
+    Raises:
+        CheckpointError: it does not exist, or is a folder or a file of arrays.
+    """
+    if path.is_dir():
+        held = sorted(file for file in path.iterdir() if file.suffix in _WEIGHTS)
+        wrong = f"is a folder: give {held[0] if len(held) == 1 else 'the file in it that holds the weights'}"
+    elif not path.is_file():
+        wrong = "does not exist"
+    elif path.suffix in (".npz", ".npy"):
+        wrong = f"is an {path.suffix} of arrays, not a checkpoint: give weights, .safetensors or .pt; data go to --data"
+    else:
+        return
+    from tnm_pipeline.training.checkpoint import CheckpointError  # loads torch
+
+    raise CheckpointError(f"checkpoint {path} {wrong}")

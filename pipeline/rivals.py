@@ -17,7 +17,7 @@ from tnm_pipeline.export.sparsity import SparsityReport, inspect_onnx
 from tnm_pipeline.export.verdicts.comparison import compare_twins, runtime_finding
 from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.pipeline.foreign import ForeignSession, inputs_of
-from tnm_pipeline.pipeline.source import source_of
+from tnm_pipeline.pipeline.source import refuse_checkpoint, source_of
 from tnm_pipeline.pipeline.turns import Open
 from tnm_pipeline.pipeline.twins import ENGINE
 
@@ -38,13 +38,14 @@ class Rival:
         manifest: What is stated of it; None of anybody's ONNX file.
 
     Raises:
-        ArtifactRejected: It is missing, or a plan whose manifest or source is.
+        ArtifactRejected: It is missing, a checkpoint, or a plan whose manifest or source is.
         ConfigError: An ONNX file is to run in TensorRT.
     """
 
     def __init__(self, path: Path, runtime: Runtime | None) -> None:
         if not path.is_file():
             raise ArtifactRejected(f"{path} is no file: give an .onnx file or a .plan")
+        refuse_checkpoint(path)
         self.path = path
         self.manifest = _manifest(path)
         if self.backend == "onnxruntime" and runtime == "tensorrt":

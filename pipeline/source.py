@@ -1,9 +1,24 @@
-"""The ONNX file that a plan was built from."""
+"""The ONNX file that a plan was built from, and what is taken for an artifact and is none."""
 
 from pathlib import Path
 
 from tnm_pipeline.engines import ArtifactRejected, Manifest
 from tnm_pipeline.engines.artifact import sha256_of
+
+_CHECKPOINTS = (".safetensors", ".pt", ".pth")
+
+
+def refuse_checkpoint(path: Path) -> None:
+    """Say which command reads a checkpoint, where an artifact is wanted.
+
+    Raises:
+        ArtifactRejected: The file is called as checkpoints are.
+    """
+    if path.suffix in _CHECKPOINTS:
+        raise ArtifactRejected(
+            f"{path} is a checkpoint: `tnm-pipeline inspect {path}` counts what it holds, and `tnm-pipeline export "
+            f"{path}` writes the ONNX file"
+        )
 
 
 def source_of(plan: Path, manifest: Manifest) -> Path:

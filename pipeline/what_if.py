@@ -1,5 +1,6 @@
 """`inspect --what-if`: what other patterns would keep of a checkpoint's weights. Nothing is changed or written."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +11,14 @@ from torch import Tensor
 
 from tnm_pipeline.engines import ArtifactRejected
 from tnm_pipeline.engines.artifact import manifest_path
+from tnm_pipeline.pipeline.resolve import check_checkpoint
 from tnm_pipeline.pipeline.tables import new_console, new_table
 from tnm_pipeline.training.checkpoint import Checkpoint, read_checkpoint
 from tnm_pipeline.training.layout import to_gemm
 from tnm_pipeline.training.masks import count_violations, kept_magnitude, solve
 from tnm_pipeline.training.pattern import Pattern, PatternError
+
+_EMBEDDING = re.compile(r"embeddings?$|^(embed_tokens|embed_positions|wte|wpe)$")  # the usual names
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,9 @@ class WhatIf:
 
 
 def what_if_file(path: Path, patterns: str) -> WhatIf:
-    """Solve every prunable weight of a checkpoint for every pattern.
+    """Solve every prunable weight of a checkpoint for every pattern; embeddings, which no command prunes, are left out.
+
+    A checkpoint has no classes, so an embedding is what is called one, unless the record says that it holds a pattern.
 
     Args:
         path: `.safetensors` or `.pt`.
@@ -112,7 +118,12 @@ def what_if_file(path: Path, patterns: str) -> WhatIf:
             f"{path} is no checkpoint, and --what-if reads the weights of one: give the file that it was exported "
             "from, such as best/model.safetensors or dense/model.safetensors in its run folder"
         )
-    weights = list(prunable_weights(read_checkpoint(path)))
+    check_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    found = list(prunable_weights(checkpoint))
+    promised = checkpoint.record.get("layers", {})
+    embeddings = [name for name, weight in found if _is_embedding(name, weight) and name not in promised]
+    weights = [(name, weight) for name, weight in found if name not in embeddings]
     layers = tuple(
         LayerOutcomes(
             layer=name,
@@ -124,7 +135,7 @@ def what_if_file(path: Path, patterns: str) -> WhatIf:
         for name, weight in weights
     )
     title = f"{path}: checkpoint, under {', '.join(map(str, asked))}"
-    return WhatIf(title, layers, _total(layers, asked), tuple(_lines(weights, asked)))
+    return WhatIf(title, layers, _total(layers, asked), (*_lines(weights, asked), *_left_out(embeddings)))
 
 
 def prunable_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
@@ -174,9 +185,18 @@ def _total(layers: Sequence[LayerOutcomes], patterns: Sequence[Pattern]) -> tupl
     return tuple(totals)
 
 
+def _is_embedding(name: str, weight: Tensor) -> bool:
+    return weight.dim() == 2 and _EMBEDDING.search(name.rpartition(".")[2]) is not None
+
+
+def _left_out(embeddings: Sequence[str]) -> Iterator[str]:
+    if embeddings:
+        yield f"left out by their names, because no command prunes embeddings: {', '.join(embeddings)}"
+
+
 def _lines(weights: Sequence[tuple[str, Tensor]], patterns: Sequence[Pattern]) -> Iterator[str]:
     if not weights:
-        yield "no 2-D or 4-D floating-point tensor in it, so no pattern would change anything"
+        yield "no 2-D or 4-D floating-point tensor in it that could be pruned, so no pattern would change anything"
         return
     yield "kept: sum of kept |w| over sum of |w| under the pattern's exact mask"
     yield "violations: groups of the weights as they are with more than N of M non-zero, of W and for -T of W^T too"

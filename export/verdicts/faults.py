@@ -22,7 +22,10 @@ class Faults:
 
     def __init__(self, model: ir.Model) -> None:
         self._weights = Weights(model)
-        self._nodes = {(node.op_type, value.name): node for node in nodes_of(model) for value in node.outputs}
+        # By its name too: functions of one model may use the same names of outputs.
+        self._nodes = {
+            (node.name or "", node.op_type, value.name): node for node in nodes_of(model) for value in node.outputs
+        }
         # What a builder may call them.
         self.names = [
             node_name(node.name or "", node.outputs[0].name or "") for node in nodes_of(model) if node.outputs
@@ -30,7 +33,7 @@ class Faults:
 
     def exclusion(self, layer: LayerSparsity) -> Finding:
         """Why a weight that is not eligible is not."""
-        node = self._nodes[layer.op, layer.output]
+        node = self._node(layer)
         length = layer.shape[1] if layer.op == "Conv" else layer.gemm_shape[1]
         left = layer.op != "Conv" and self._weights.read(node.inputs[1]) is None
         if layer.op == "ConvTranspose":
@@ -55,7 +58,7 @@ class Faults:
         """What is documented to favour dense tactics for a weight that is eligible."""
         outputs, inputs = layer.gemm_shape
         channels = layer.shape[1] if layer.op == "Conv" else inputs
-        quantised, dtype = self._storage(self._nodes[layer.op, layer.output].inputs[1])
+        quantised, dtype = self._storage(self._node(layer).inputs[1])
         alignment = _ALIGNMENT_INT8 if quantised else _ALIGNMENT
         return tuple(
             finding(key, outputs=outputs, inputs=size, alignment=alignment)
@@ -67,6 +70,9 @@ class Faults:
             )
             if applies
         )
+
+    def _node(self, layer: LayerSparsity) -> ir.Node:
+        return self._nodes[layer.node, layer.op, layer.output]
 
     def _storage(self, value: ir.Value | None) -> tuple[bool, ir.DataType | None]:
         """Whether Q/DQ nodes stand between a product and its weight, and the type that the product sees."""

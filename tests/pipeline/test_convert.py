@@ -46,6 +46,7 @@ def prepare(folder: Path) -> None:
     prune_unstructured(model, ("2", "6", "8"), 0.5)
     save_file(model.state_dict(), folder / "pruned.safetensors")
     generator = np.random.default_rng(0)
+    np.savez(folder / "foo.npz", foo=np.zeros((9, 1, 8, 8), np.float32), bar=np.zeros((9, 2), np.float32))
     np.savez(folder / "x.npz", x=generator.normal(size=(200, 1, 8, 8)).astype(np.float32))
 
 
@@ -170,6 +171,8 @@ def test_a_reference_is_what_is_fitted_to(tnm: Tnm, here: Path) -> None:
     [
         (("--calibration", "absent.npz"), 3, "data file absent.npz does not exist"),
         (("--calibration", "nothing"), 3, "unknown calibration source 'nothing'"),
+        (("--calibration", "pairs.tsv"), 3, "so name the others: --set calibration.args='{ test_fraction = 0.1 }'"),
+        (("--calibration", "foo.npz"), 3, "foo.npz holds foo, bar, and Sequential.forward takes input: give"),
         (("--set", "convert.method=sparsegpt"), 2, "method sparsegpt cannot follow 2:4-T"),
         (("--set", "sparsity.exclude=['type:Bilinear']"), 3, "type:Bilinear"),
         (("--set", "sparsity.exclude=['re:(']"), 3, "cannot read the rule"),

@@ -127,7 +127,10 @@ def test_keys_and_passwords(run: Path, tmp_path: Path, keys: Path, tnm: Tnm) -> 
     ended = tnm(*sign, "--password-file", "password")
     assert ended.code == 0, ended.err
     assert tnm("engines", "check", str(run / SOURCE), "--trusted", str(locked / "signing-key.pub.pem")).code == 0
-    assert tnm("engines", "check", str(run / SOURCE), "--trusted", "absent.pem").code == 3
+    ended = tnm("engines", "check", str(run / SOURCE), "--trusted", "absent.pem")
+    assert ended.code == 3
+    assert "the key absent.pem cannot be read: No such file or directory. Make a key pair" in ended.err
+    assert ended.err.count("Make a key pair") == 1
 
 
 def test_verify_runs_it_too(run: Path, keys: Path, tnm: Tnm) -> None:

@@ -21,6 +21,7 @@ from tnm_pipeline.export.sparsity import inspect_onnx
 from tnm_pipeline.pipeline import inspect
 from tnm_pipeline.pipeline.errors import ConfigError
 from tnm_pipeline.pipeline.inspect import Facts, Row, inspect_file, verify_file
+from tnm_pipeline.pipeline.rivals import Rival
 from tnm_pipeline.pipeline.what_if import what_if_file
 from tnm_pipeline.training.checkpoint import CheckpointError
 
@@ -44,14 +45,24 @@ def test_a_plan_says_in_words_what_its_source_holds_and_how_to_check_it(
         assert f"check it with: tnm-pipeline verify {plan}{option}" in lines
 
 
+def test_a_manifest_is_not_the_artifact(small_run: Path) -> None:
+    path = small_run / "run/export/model.fp32.onnx.manifest.json"
+    said = r"is a manifest: give the artifact that it describes, .*/model\.fp32\.onnx$"
+    for look in (lambda: inspect_file(path, None), lambda: verify_file(path, "error"), lambda: Rival(path, None)):
+        with pytest.raises(ArtifactRejected, match=said):
+            look()
+
+
 def test_a_plan_cannot_be_counted(small_run: Path) -> None:
     with pytest.raises(ConfigError, match=r"--pattern 4:8: the weights .* cannot be counted; .*model\.fp16\.onnx"):
         inspect_file(small_run / "run/build/engine.plan", "4:8")
 
 
 def test_a_checkpoint_is_inspected_and_not_verified(small_run: Path) -> None:
-    with pytest.raises(ArtifactRejected, match="tnm-pipeline inspect"):
-        verify_file(small_run / "run/train/model.safetensors", "error")
+    path = small_run / "run/train/model.safetensors"
+    for look in (lambda: verify_file(path, "error"), lambda: Rival(path, None)):
+        with pytest.raises(ArtifactRejected, match="is a checkpoint: `tnm-pipeline inspect"):
+            look()
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
@@ -67,8 +78,9 @@ def test_a_whole_model_names_the_class_that_it_would_run(tmp_path: Path) -> None
 
 def test_arrays_are_no_checkpoint(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=np.zeros(3))
-    with pytest.raises(CheckpointError, match="was not opened"):
-        inspect_file(tmp_path / "data.npz", None)
+    for look in (lambda path: inspect_file(path, None), lambda path: what_if_file(path, "2:4")):
+        with pytest.raises(CheckpointError, match=r"data\.npz is an \.npz of arrays, not a checkpoint"):
+            look(tmp_path / "data.npz")
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -103,9 +115,9 @@ def test_anybodys_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ]
     path = write(tmp_path / "m.onnx", nodes, [tensor("x", "n", 8)], [tensor("y", "n", 8)], weights=weights)
     facts = inspect_file(path, None)
-    assert [(row.layer, row.op, row.node, row.note) for row in facts.rows] == [
-        ("z", "MatMul", "first", "breaks 2:4 in 16 groups"),
-        ("a", "MatMul", "second", "eligible"),
+    assert [(row.layer, row.op, row.node, row.note, row.key) for row in facts.rows] == [
+        ("z", "MatMul", "first", "100.0% of its weights are not zero, so nothing was pruned", "not-pruned"),
+        ("a", "MatMul", "second", "eligible", ""),
     ]
     assert facts.totals == {
         "layers": 2,
@@ -118,11 +130,22 @@ def test_anybodys_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     }
     told = json.loads(json.dumps(facts.to_dict()))
     assert told["totals"] == facts.totals
-    assert told["unread"][0]["node"] == "third"
+    assert (told["unread"][0]["node"], told["unread"][0]["key"]) == ("third", "computed-weight")
+    assert "train or convert it" in told["rows"][0]["remedy"]
     facts.show()
     said = capsys.readouterr().out
     assert "eligible for 2:4: 1 layers with 50.0% of the weights" in said
+    assert "so nothing was pruned [not-pruned]" in " ".join(said.split())
     assert "not counted: third (MatMul): it comes out of Mul node 'scaling'" in said
+
+
+def test_zeros_along_the_wrong_axis_and_of_another_pattern_are_told_apart(tmp_path: Path) -> None:
+    along = np.tile(np.array([1, 0, 0, 1], np.float32), (8, 2))  # (K, O)
+    coarse = np.tile(np.array([1, 1, 1, 1, 0, 0, 0, 0], np.float32)[:, None], (1, 8))
+    weights = [numpy_helper.from_array(along, "along"), numpy_helper.from_array(coarse, "coarse")]
+    nodes = [make_node("MatMul", ["x", "along"], ["h"], "one"), make_node("MatMul", ["h", "coarse"], ["y"], "two")]
+    path = write(tmp_path / "m.onnx", nodes, [tensor("x", "n", 8)], [tensor("y", "n", 8)], weights=weights)
+    assert [row.key for row in inspect_file(path, None).rows] == ["wrong-axis", "other-pattern"]
 
 
 def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Which model and data a command is about, and whose word is taken for it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from tnm_pipeline.pipeline.errors import ConfigError
-from tnm_pipeline.pipeline.resolve import DEMO, resolve
+from tnm_pipeline.pipeline.resolve import DEMO, check_checkpoint, resolve
 from tnm_pipeline.training.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 
 BUILT_IN = {"source": "digits-mlp", "args": {"hidden": 8}}
@@ -58,6 +59,24 @@ def test_what_would_be_ignored_is_refused(ours: Path, override: str, options: di
     resolve(None, ["trt.enabled=false"], {"trt.enabled": False}, remembers=ours)
 
 
+def test_what_is_no_checkpoint_at_the_first_look(tmp_path: Path) -> None:
+    model = tmp_path / "tinybert" / "model.safetensors"
+    model.parent.mkdir()
+    model.touch()
+    arrays = tmp_path / "data.npz"
+    arrays.touch()
+    for path, said in (
+        (model.parent, f"tinybert is a folder: give {model}"),
+        (tmp_path / "absent.pt", "does not exist"),
+        (arrays, "is an .npz of arrays, not a checkpoint"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            resolve(None, [], {"model.checkpoint": str(path)})
+    (model.parent / "other.safetensors").touch()
+    with pytest.raises(CheckpointError, match="is a folder: give the file in it that holds the weights"):
+        check_checkpoint(model.parent)
+
+
 def test_code_that_only_a_file_names_is_not_trusted(foreign: Path) -> None:
     with pytest.raises(ConfigError, match=r"--model theirs:model or --trust-source"):
         resolve(None, [], {}, remembers=foreign)
@@ -105,7 +124,7 @@ def test_a_broken_file_says_nothing(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("key", ["model.checkpoint", "export.checkpoint"])
-@pytest.mark.parametrize("name", ["absent.safetensors", "."])
-def test_a_checkpoint_that_is_not_there(key: str, name: str) -> None:
-    with pytest.raises(CheckpointError, match="does not exist"):
+@pytest.mark.parametrize(("name", "said"), [("absent.safetensors", "does not exist"), (".", "is a folder")])
+def test_a_checkpoint_that_is_not_there(key: str, name: str, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
         resolve(DEMO, [], {key: name})

@@ -89,6 +89,20 @@ def test_the_total_is_of_all_layers_as_one_weight(checkpoint: Path) -> None:
         assert total.groups == sum(row.outcomes[index].groups for row in facts.layers)
 
 
+def test_embeddings_do_not_count(tmp_path: Path) -> None:
+    tensors = {"embeddings.word_embeddings.weight": DENSE + 1, "transformer.wte.weight": DENSE + 2}
+    counted = {"embedding_projection.weight": DENSE, "patch_embedding.weight": SPARSE.contiguous()}
+    save_file(tensors | counted, tmp_path / "text.safetensors")
+    facts = what_if_file(tmp_path / "text.safetensors", "2:4")
+    assert [row.layer for row in facts.layers] == ["embedding_projection", "patch_embedding"]
+    assert facts.total[0].groups == sum(row.outcomes[0].groups for row in facts.layers)
+    assert facts.lines[-1] == (
+        "left out by their names, because no command prunes embeddings: embeddings.word_embeddings, transformer.wte"
+    )
+    save_file({"word_embeddings.weight": DENSE}, tmp_path / "only.safetensors")
+    assert len(what_if_file(tmp_path / "only.safetensors", "2:4").lines) == 2
+
+
 def test_a_weight_that_holds_the_pattern_keeps_everything(tmp_path: Path) -> None:
     tile = torch.tensor([[1.0, 2, 0, 0], [3, -4, 0, 0], [0, 0, 5, 6], [0, 0, 7, 8]])
     save_file({"held.weight": tile.repeat(2, 3)}, tmp_path / "held.safetensors")
