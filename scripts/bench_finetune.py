@@ -66,7 +66,7 @@ PATTERN = Pattern(2, 4, transposable=True)
 LAYERS = Selection(include=("encoder.*",), keep_last=False)
 LONGEST = 64  # tokens of a sentence
 CALIBRATION = 4096  # sentences of the training pairs
-CONFIG = FitConfig(epochs=1, optimizer="adamw", weight_decay=0.01, save_every=25)
+CONFIG = FitConfig(epochs=1, batch_size=32, optimizer="adamw", weight_decay=0.01, save_every=25)
 Row = dict[str, Any]
 
 
@@ -92,7 +92,7 @@ class Arm:
     teacher: float = 0.0
     noise: float = 0.0
     epochs: int = 1
-    batch_size: int = 32
+    batch_size: int = CONFIG.batch_size
     rates: tuple[float, ...] = ()
 
 
