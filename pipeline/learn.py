@@ -66,10 +66,7 @@ def dense(context: Context) -> dict[str, Any]:
             check_match(model, data_of(config))
         save(context, model, dict(given.masks), given.record.get("layers", {}))
         return score(config, model) | {"history": None, "parameters": _parameters(model), "given": True}
-    model = new_model(config)
-    if {"train", "convert-unstructured"} & set(config.run.routes):
-        select(model, _pattern(config), _selection(config))  # rules that leave no layer are refused before any training
-    return _fit(context, model, None) | {"given": False}
+    return _fit(context, new_model(config), None) | {"given": False}
 
 
 def train(context: Context) -> dict[str, Any]:
@@ -152,6 +149,9 @@ def _fit(
     config = context.config
     state = context.folder / STATE_FILE
     data = data_of(config)
+    if sparsity is None and {"train", "convert-unstructured"} & set(config.run.routes):
+        check_match(model, data)
+        select(model, _pattern(config), _selection(config))  # rules that leave no layer are refused before any training
     summon(help_to_train, (config, sparsity, state.absolute()))
     result = fit(
         model,
