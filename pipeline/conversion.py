@@ -1,7 +1,6 @@
 """The conversion: its inputs, its plan, and the stage that carries it out."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from inspect import Parameter, signature
@@ -22,6 +21,7 @@ from tnm_pipeline.pipeline.tables import new_console, new_table
 from tnm_pipeline.training.convert import Batch, Conversion
 from tnm_pipeline.training.convert import convert as convert_model
 from tnm_pipeline.training.convert.budget import Budget
+from tnm_pipeline.training.convert.journal import remove_journal
 from tnm_pipeline.training.convert.memory import Memory, estimate_memory
 from tnm_pipeline.training.convert.methods import find_method
 from tnm_pipeline.training.convert.plan import Plan, PlanError
@@ -135,7 +135,7 @@ def convert(context: Context) -> dict[str, Any]:
         "calibration": {**_calibration(config), "samples": config.convert.samples, "seed": config.run.seed},
     }
     save(context, model, conversion.masks, patterns, {"conversion": made})
-    shutil.rmtree(context.folder / JOURNAL)
+    remove_journal(context.folder / JOURNAL)
     return _result(config, found, conversion) | score(config, model)
 
 

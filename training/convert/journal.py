@@ -7,6 +7,7 @@ holds what was found before the first stop: another machine might find something
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,15 @@ class Journal:
     def _path(self, stop: str) -> Path:
         digest = hashlib.sha256(stop.encode()).hexdigest()[:8]  # names of modules may differ in case only
         return self._folder / f"{stop or 'model'}-{digest}.safetensors"
+
+
+def remove_journal(folder: Path) -> None:
+    """Remove the journal of a finished conversion; a kill meanwhile leaves all of it, or nothing by this name."""
+    leaving = folder.with_name(f"{folder.name}.leaving")
+    if leaving.exists():
+        shutil.rmtree(leaving)
+    folder.replace(leaving)
+    shutil.rmtree(leaving)
 
 
 def _read(path: Path, remedy: str) -> Entry:

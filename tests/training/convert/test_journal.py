@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.training.convert.networks import mlp, vectors, weight_of
-from tnm_pipeline.training.convert.journal import Journal, JournalError, identify
+from tnm_pipeline.training.convert.journal import Journal, JournalError, identify, remove_journal
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
@@ -37,6 +38,30 @@ def test_tensors_that_share_memory_come_back_in_full(tmp_path: Path) -> None:
         "b.bias": [0, 1, 2, 3],
         "c.bias": [0, 1],
     }
+
+
+def test_a_kill_while_a_journal_is_removed_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "progress"
+
+    def fill() -> None:
+        journal = Journal(folder, "identity")
+        journal.write_start({}, {})
+        journal.write("a", {}, {})
+
+    def killed(path: Path) -> None:
+        (path / "start.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    fill()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        remove_journal(folder)
+    assert Journal(folder, "identity").read_start() is None  # begins anew
+    fill()
+    remove_journal(folder)
+    assert not any(tmp_path.iterdir())
 
 
 def test_names_that_differ_in_case_only_and_the_model_itself_have_files_of_their_own(tmp_path: Path) -> None:
