@@ -55,9 +55,10 @@ def test_a_kill_while_a_journal_is_removed_leaves_no_part_of_it(
         raise KeyboardInterrupt
 
     fill()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
-        remove_journal(folder)
+        with pytest.raises(KeyboardInterrupt):
+            remove_journal(folder)
     assert Journal(folder, "identity").read_start() is None  # begins anew
     fill()
     remove_journal(folder)
