@@ -59,15 +59,16 @@ def execute(
     """
     folder = config.run.folder
     with locked(folder), _interruptible() as should_stop:
-        write_atomically(folder / "config.toml", config.to_toml().encode())
         stages = stages_of(config, folder)
         wanted = needed_for(stages, folder, targets if targets is not None else set(stages))
         cache = StageCache(folder)
+        _refuse_to_replace([stage for stage in wanted if stage.name in keep], cache)
+        write_atomically(folder / "config.toml", config.to_toml().encode())
         for stage in wanted:
             cache.refuse_foreign_files(stage.name)
         try:
             with _progress(console) as progress:
-                done = _execute(config, wanted, cache, progress, should_stop, keep)
+                done = _execute(config, wanted, cache, progress, should_stop)
         except BaseException as error:
             _render_failed(folder, error)
             raise
@@ -83,13 +84,26 @@ def _render_failed(folder: Path, error: BaseException) -> None:
         error.add_note(f"the report was not written either: {trouble}")
 
 
+def _refuse_to_replace(stages: Sequence[Stage], cache: StageCache) -> None:
+    """Make sure that what some run has finished of these stages still stands, file by file.
+
+    Raises:
+        ConfigError: a stage would be done again.
+    """
+    for stage in stages:
+        if not cache.is_finished(stage.name):
+            continue
+        read = all(path.is_file() for path in stage.inputs.values())
+        if not read or cache.find(stage.name, cache.key(stage.name, stage.settings, stage.inputs)) is None:
+            raise ConfigError(
+                f"{cache.folder / stage.name} is damaged, or was made with other settings, model code, data or another "
+                "version of tnm-pipeline, and would be replaced: `tnm-pipeline run` with the same configuration does "
+                "that; or give export the checkpoint that it is to take"
+            )
+
+
 def _execute(
-    config: Config,
-    stages: Sequence[Stage],
-    cache: StageCache,
-    progress: Progress,
-    should_stop: Callable[[], bool],
-    keep: Collection[str],
+    config: Config, stages: Sequence[Stage], cache: StageCache, progress: Progress, should_stop: Callable[[], bool]
 ) -> dict[str, Done]:
     finished: dict[str, Done] = {}
     for number, stage in enumerate(stages, start=1):
@@ -98,12 +112,6 @@ def _execute(
         record = cache.find(stage.name, key)
         cached = record is not None
         if record is None:
-            if stage.name in keep and cache.is_finished(stage.name):
-                raise ConfigError(
-                    f"{cache.folder / stage.name} was made with other settings, model code, data or another version of "
-                    f"tnm-pipeline, and would be replaced: `tnm-pipeline run --folder {cache.folder}` does that; or "
-                    "give export the checkpoint that it is to take"
-                )
             started = time.monotonic()
             folder = cache.begin(stage.name, key)
             task = progress.add_task(label, total=None)

@@ -168,6 +168,8 @@ def test_export_goes_on_from_the_usual_folder_and_never_trains_again(mine: Path)
     ended = call(mine, "export", "--json")
     assert ended.code == 0, ended.err
     assert ended.json()["stages"]["train"]["cached"]
+    assert call(mine, "export", "--set", "train.epochs=2").code == 2
+    assert call(mine, "export").code == 0  # the refused setting is not remembered
     (mine / "mine.py").write_text(MINE.replace("ReLU", "Tanh"), encoding="utf-8")
     ended = call(mine, "export")
     assert ended.code == 2
